@@ -1,0 +1,1 @@
+"""drex: the serving engine for early-exit language models."""

@@ -1,0 +1,1 @@
+"""The `drex` command: one small module a subcommand."""
