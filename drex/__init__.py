@@ -1,1 +1,27 @@
-"""drex: the serving engine for early-exit language models."""
+"""drex: the serving engine for early-exit language models.
+
+`LLM`, `SamplingParams`, `EarlyExit` and `RequestOutput` are the public API. They are imported on first use, so that
+control code and tools that need no torch can be imported without it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from drex.config import EarlyExit
+from drex.outputs import RequestOutput
+from drex.request import SamplingParams
+
+if TYPE_CHECKING:
+    from drex.llm import LLM
+
+__all__ = ["LLM", "EarlyExit", "RequestOutput", "SamplingParams"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LLM":
+        from drex.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module 'drex' has no attribute {name!r}")

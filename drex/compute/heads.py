@@ -5,6 +5,8 @@ Owns the parameters that an exit point has beyond the decoder's own. Training an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,7 +59,7 @@ class ExitHead(nn.Module):
         owns_head = kind == "linear" or (kind == "mlp" and untied)
         self.head = nn.Linear(hidden_size, vocab_size, bias=False) if owns_head else None
 
-    def features(self, hidden: Tensor, final_norm: nn.Module) -> Tensor:
+    def features(self, hidden: Tensor, final_norm: Callable[[Tensor], Tensor]) -> Tensor:
         """What the vocabulary matrix multiplies. Shapes: (..., hidden) -> (..., hidden)."""
         if self.mlp is not None:
             hidden = self.mlp(hidden)
@@ -65,7 +67,7 @@ class ExitHead(nn.Module):
         out: Tensor = norm(hidden)
         return out
 
-    def forward(self, hidden: Tensor, final_norm: nn.Module, lm_head: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, final_norm: Callable[[Tensor], Tensor], lm_head: Tensor) -> Tensor:
         """Logits. Shapes: hidden (..., hidden), lm_head (vocab, hidden) -> (..., vocab)."""
         weight = self.head.weight if self.head is not None else lm_head
         return F.linear(self.features(hidden, final_norm), weight)

@@ -1,0 +1,1 @@
+"""Attention backends: each reads K/V through the per-segment tables."""

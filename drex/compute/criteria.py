@@ -1,0 +1,120 @@
+"""Confidence measures: what an exit point knows about a token -> a number in [0, 1]. Definitions: docs/criteria.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from drex.compute.noise import uniform
+from drex.control.plan import Evaluation
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a head evaluation has at hand, for all its rows.
+
+    Attributes:
+        logits: (rows, vocab), unscaled, float32 or float64.
+        log_sum_exp: (rows,).
+        argmax: (rows,).
+        hidden, before: the segment's output and what its last layer was given, (rows, hidden).
+        segment: that ends here.
+        final: whether this is the final head.
+        probe: (weight (2, hidden), bias (2,)) of this exit, if it has one.
+    """
+
+    logits: Tensor
+    log_sum_exp: Tensor
+    argmax: Tensor
+    hidden: Tensor
+    before: Tensor
+    segment: int
+    final: bool
+    probe: tuple[Tensor, Tensor] | None
+
+
+Criterion = Callable[[Measured, list[int], Sequence[Evaluation]], Tensor]
+"""Takes what was measured, row numbers, and those rows' evaluations; returns (rows,) in [0, 1]."""
+
+
+def max_prob(measured: Measured, rows: list[int], evaluations: Sequence[Evaluation]) -> Tensor:
+    """Largest probability (EE-LLM, Chen et al. 2024)."""
+    logits = measured.logits[rows]
+    return (logits.amax(-1) - measured.log_sum_exp[rows]).exp()
+
+
+def margin(measured: Measured, rows: list[int], evaluations: Sequence[Evaluation]) -> Tensor:
+    """Largest minus second probability (CALM's softmax measure, Schuster et al. 2022)."""
+    top = (measured.logits[rows].topk(2, dim=-1).values - measured.log_sum_exp[rows, None]).exp()
+    return top[:, 0] - top[:, 1]
+
+
+def entropy(measured: Measured, rows: list[int], evaluations: Sequence[Evaluation]) -> Tensor:
+    """1 - H / log(vocab), H the entropy of the distribution in nats."""
+    logs = measured.logits[rows] - measured.log_sum_exp[rows, None]
+    nats = -(logs.exp() * logs).nan_to_num(0.0).sum(-1)
+    return 1 - nats / math.log(logs.shape[-1])
+
+
+def state(measured: Measured, rows: list[int], evaluations: Sequence[Evaluation]) -> Tensor:
+    """Cosine of the hidden state before and after the segment's last layer (CALM's hidden-state saturation)."""
+    dtype = measured.logits.dtype
+    return F.cosine_similarity(measured.before[rows].to(dtype), measured.hidden[rows].to(dtype), dim=-1)
+
+
+def patience(measured: Measured, rows: list[int], evaluations: Sequence[Evaluation]) -> Tensor:
+    """Length of the run of agreeing exits, this one included, over the patience k (PABEE, Zhou et al. 2020)."""
+    lengths = [
+        agreeing_run(evaluation, int(measured.argmax[row]))[1] / evaluation.rule.patience
+        for row, evaluation in zip(rows, evaluations, strict=True)
+    ]
+    return torch.tensor(lengths, dtype=measured.logits.dtype, device=measured.logits.device)
+
+
+def probe(measured: Measured, rows: list[int], evaluations: Sequence[Evaluation]) -> Tensor:
+    """Learned: softmax(W h + b)[1], trained to tell whether argmax is already the final one (CALM's classifier)."""
+    assert measured.probe is not None
+    weight, bias = measured.probe
+    return F.linear(measured.hidden[rows], weight, bias).to(measured.logits.dtype).softmax(-1)[:, 1]
+
+
+def trace(measured: Measured, rows: list[int], evaluations: Sequence[Evaluation]) -> Tensor:
+    """Uniform noise by request, position and exit: for benchmarks on random weights, where 1 - threshold exit."""
+    values = [uniform(e.seed, e.sample, e.position, measured.segment) for e in evaluations]
+    return torch.tensor(values, dtype=measured.logits.dtype, device=measured.logits.device)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "max_prob": max_prob,
+    "margin": margin,
+    "entropy": entropy,
+    "state": state,
+    "patience": patience,
+    "probe": probe,
+    "trace": trace,
+}
+AT_THE_END = ("max_prob", "margin", "entropy")
+"""Criteria that mean something at the final head too; tokens of the others get their `max_prob` there."""
+
+
+def agreeing_run(evaluation: Evaluation, argmax: int) -> tuple[int, int]:
+    """(token, how many allowed exits in a row had it as argmax, this one included)."""
+    token, run = evaluation.agreeing
+    return (argmax, run + 1) if run and token == argmax else (argmax, 1)
+
+
+def confidences(measured: Measured, evaluations: Sequence[Evaluation]) -> Tensor:
+    """Confidence of each row under its request's criterion. Shape (rows,), clipped to [0, 1]."""
+    by_criterion: dict[str, list[int]] = {}
+    for row, evaluation in enumerate(evaluations):
+        name = evaluation.rule.criterion
+        by_criterion.setdefault("max_prob" if measured.final and name not in AT_THE_END else name, []).append(row)
+    out = torch.empty_like(measured.log_sum_exp)
+    for name, rows in by_criterion.items():
+        out[rows] = CRITERIA[name](measured, rows, [evaluations[row] for row in rows])
+    return out.clamp_(0, 1)

@@ -1,0 +1,110 @@
+"""From a name to a model: a local folder, a hub id, or the bundled one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from drex.checkpoint import read_early_exit
+from drex.compute.decoder import Decoder
+from drex.compute.device import has_fast_bfloat16
+from drex.compute.heads import ExitHead
+from drex.compute.spec import ModelSpec
+from drex.compute.weights import load_decoder, load_exit_head
+from drex.config import DTYPES, EarlyExit, ExitPlan, resolve_exits
+from drex.control.slots import SlotLayout
+
+BUNDLED = "drex-stdlib-10m"
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder with its exit heads on a device."""
+
+    folder: Path
+    decoder: Decoder
+    heads: tuple[tuple[ExitHead, tuple[Tensor, Tensor] | None], ...]
+    exits: ExitPlan
+
+    @property
+    def layout(self) -> SlotLayout:
+        """Layers of each segment."""
+        edges = (0, *self.exits.layers, self.decoder.spec.num_layers)
+        return SlotLayout(tuple(b - a for a, b in zip(edges, edges[1:], strict=False)))
+
+
+def find_model(model: str | Path | None) -> Path:
+    """The folder of a model; None is the bundled one.
+
+    Raises:
+        ValueError: neither a folder nor a hub id that can be fetched.
+    """
+    if model is None:
+        return Path(str(files("drex") / "assets" / BUNDLED))
+    path = Path(model)
+    if path.is_dir():
+        return path
+    name = str(model)
+    if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
+        raise ValueError(f"no model at {name}: name a Hugging Face model folder or a hub id such as org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"no folder {name}, and the hub did not give it ({reason}): check the name and the network") from error
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` takes a CUDA GPU where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        made = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r}: name one that torch knows, such as cpu or cuda:0") from error
+    if made.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: torch sees no CUDA GPU here; use device='cpu'")
+    return made
+
+
+def pick_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """`auto` is the checkpoint's, but float32 on a CPU that is slower in 16 bit."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if dtype == "auto":
+        slow = device.type == "cpu" and (spec.dtype == "float16" or not has_fast_bfloat16(device))
+        dtype = "float32" if slow else spec.dtype
+    made = getattr(torch, dtype)
+    assert isinstance(made, torch.dtype)
+    return made
+
+
+def load_model(
+    model: str | Path | None, early_exit: EarlyExit | None, dtype: str, device: str, *, exits_off: bool = False
+) -> LoadedModel:
+    """Load a model with the exit points that `early_exit` and its `early_exit.json` resolve to.
+
+    Args:
+        exits_off: no exit points, whatever else is asked for (policy `full`).
+
+    Raises:
+        ValueError: what is missing, corrupt or not supported, and what to do about it.
+    """
+    folder = find_model(model)
+    spec = ModelSpec.from_folder(folder)
+    recorded = read_early_exit(folder, spec.num_layers)
+    exits = resolve_exits(EarlyExit.off() if exits_off else early_exit, recorded, spec.num_layers)
+    on = pick_device(device)
+    in_dtype = pick_dtype(dtype, spec, on)
+    heads = tuple(load_exit_head(folder, spec, exit_spec, on, in_dtype) for exit_spec in exits.exits)
+    if exits.rule.criterion == "probe" and any(probe is None for _, probe in heads):
+        raise ValueError("criterion 'probe' needs exits.N.probe.weight and .bias in the exit weights of every exit")
+    return LoadedModel(folder, load_decoder(folder, spec, on, in_dtype), heads, exits)

@@ -1,0 +1,55 @@
+"""Sampling noise as a pure function of (seed, sample, position, token): no generator has a state to share.
+
+The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood 2014), which passes BigCrush on counters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MASK = 2**64 - 1
+GOLDEN = 0x9E3779B97F4A7C15
+MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+
+
+def mix(*values: int) -> int:
+    """A 64-bit hash of whole numbers."""
+    state = 0
+    for value in values:
+        state = (state + GOLDEN + (value & MASK)) & MASK
+        for shift, factor in MIX:
+            state = ((state ^ (state >> shift)) * factor) & MASK
+    return state
+
+
+def uniform(*values: int) -> float:
+    """A number in (0, 1) from whole numbers."""
+    return ((mix(*values) >> 11) + 0.5) / 2**53
+
+
+def gumbel(keys: list[int], vocab_size: int, device: torch.device) -> Tensor:
+    """Gumbel noise; adding it to log-probabilities and taking the argmax draws from the distribution.
+
+    Args:
+        keys: a 64-bit hash a row.
+        vocab_size: columns.
+
+    Returns:
+        (rows, vocab_size), float64.
+    """
+    start = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device)
+    state = start[:, None] + torch.arange(1, vocab_size + 1, device=device) * _signed(GOLDEN)
+    for shift, factor in MIX:
+        state = (state ^ _shift_right(state, shift)) * _signed(factor)
+    u = (_shift_right(state, 11).double() + 0.5) / 2**53
+    return -torch.log(-torch.log(u))
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift_right(state: Tensor, bits: int) -> Tensor:
+    """Logical shift of int64."""
+    return (state >> bits) & (2 ** (64 - bits) - 1)

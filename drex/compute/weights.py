@@ -1,0 +1,150 @@
+"""Weights from disk to the device, once, in the served dtype.
+
+Each tensor is read from its own short-lived mapping, so that the peak is the weights plus one tensor, not twice them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from drex.checkpoint import ExitSpec
+from drex.compute.decoder import Decoder, LayerWeights
+from drex.compute.heads import ExitHead
+from drex.compute.spec import ModelSpec
+
+T = TypeVar("T")
+INDEX = "model.safetensors.index.json"
+
+
+class TensorFiles:
+    """The safetensors files of a folder, by tensor name.
+
+    Raises:
+        ValueError: no safetensors weights, or a file of the index is missing or corrupt.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str] | None = None) -> None:
+        self.folder = folder
+        self._file_of: dict[str, Path] = {}
+        for path in self._paths(folder) if names is None else [folder / name for name in names]:
+            for key in _open(path, lambda file: list(file.keys())):
+                self._file_of[key] = path
+
+    @staticmethod
+    def _paths(folder: Path) -> list[Path]:
+        if (folder / INDEX).is_file():
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            return [folder / name for name in sorted(set(index["weight_map"].values()))]
+        if (folder / "model.safetensors").is_file():
+            return [folder / "model.safetensors"]
+        raise ValueError(f"{folder} has no model.safetensors: convert the weights, as with save_pretrained of transformers")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def read(self, name: str, shape: Sequence[int], out: Tensor) -> None:
+        """Copy one tensor into `out`, converting its dtype; raises ValueError if it is missing or of another shape."""
+        if name not in self._file_of:
+            raise ValueError(f"{self.folder}: the weights have no {name}; the checkpoint is incomplete, fetch it again")
+        path = self._file_of[name]
+
+        def copy(file: safe_open) -> None:
+            tensor = file.get_tensor(name)
+            if list(tensor.shape) != list(shape):
+                raise ValueError(
+                    f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}; "
+                    "the files do not belong together"
+                )
+            out.copy_(tensor)
+
+        _open(path, copy)
+
+
+def _open(path: Path, use: Callable[[safe_open], T]) -> T:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return use(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is missing or corrupt ({error}): fetch the model again") from error
+
+
+def load_decoder(folder: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """Read a decoder's weights, q, k, v and gate, up fused."""
+    files = TensorFiles(folder)
+    hidden, heads, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, device=device, dtype=dtype)
+
+    def one(name: str, *shape: int) -> Tensor:
+        tensor = empty(*shape)
+        files.read(name, shape, tensor)
+        return tensor
+
+    def stacked(prefix: str, parts: dict[str, int], suffix: str, *columns: int) -> Tensor:
+        tensor = empty(sum(parts.values()), *columns)
+        start = 0
+        for part, rows in parts.items():
+            files.read(f"{prefix}.{part}.{suffix}", (rows, *columns), tensor[start : start + rows])
+            start += rows
+        return tensor
+
+    qkv = {"q_proj": heads, "k_proj": kv, "v_proj": kv}
+    gate_up = {"gate_proj": spec.intermediate_size, "up_proj": spec.intermediate_size}
+    layers = []
+    for number in range(spec.num_layers):
+        name = f"model.layers.{number}"
+        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+        layers.append(
+            LayerWeights(
+                attention_norm=one(f"{name}.input_layernorm.weight", hidden),
+                qkv=stacked(attention, qkv, "weight", hidden),
+                qkv_bias=stacked(attention, qkv, "bias") if spec.qkv_bias else None,
+                q_norm=one(f"{attention}.q_norm.weight", spec.head_dim) if spec.qk_norm else None,
+                k_norm=one(f"{attention}.k_norm.weight", spec.head_dim) if spec.qk_norm else None,
+                out=one(f"{attention}.o_proj.weight", hidden, heads),
+                out_bias=one(f"{attention}.o_proj.bias", hidden) if spec.out_bias else None,
+                mlp_norm=one(f"{name}.post_attention_layernorm.weight", hidden),
+                gate_up=stacked(mlp, gate_up, "weight", hidden),
+                gate_up_bias=stacked(mlp, gate_up, "bias") if spec.mlp_bias else None,
+                down=one(f"{mlp}.down_proj.weight", hidden, spec.intermediate_size),
+                down_bias=one(f"{mlp}.down_proj.bias", hidden) if spec.mlp_bias else None,
+            )
+        )
+    embedding = one("model.embed_tokens.weight", spec.vocab_size, hidden)
+    lm_head = embedding if spec.tied else one("lm_head.weight", spec.vocab_size, hidden)
+    return Decoder(spec, embedding, layers, one("model.norm.weight", hidden), lm_head)
+
+
+def load_exit_head(
+    folder: Path, spec: ModelSpec, exit_spec: ExitSpec, device: torch.device, dtype: torch.dtype
+) -> tuple[ExitHead, tuple[Tensor, Tensor] | None]:
+    """Read one exit head and, where the file has one, its probe (weight (2, hidden), bias (2,))."""
+    files = TensorFiles(folder, [exit_spec.weights] if exit_spec.weights else [])
+    prefix = f"exits.{exit_spec.layer}"
+    head = ExitHead(
+        exit_spec.head,
+        spec.hidden_size,
+        spec.intermediate_size,
+        spec.vocab_size,
+        spec.eps,
+        untied=f"{prefix}.head.weight" in files,
+    ).to(device=device, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            files.read(f"{prefix}.{name}", parameter.shape, parameter)
+    head.requires_grad_(False)
+    if f"{prefix}.probe.weight" not in files:
+        return head, None
+    weight = torch.empty(2, spec.hidden_size, device=device, dtype=dtype)
+    bias = torch.empty(2, device=device, dtype=dtype)
+    files.read(f"{prefix}.probe.weight", (2, spec.hidden_size), weight)
+    files.read(f"{prefix}.probe.bias", (2,), bias)
+    return head, (weight, bias)

@@ -1,0 +1,142 @@
+"""The engine: requests in, chunks of text out, one pass at a time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from transformers import PreTrainedTokenizerBase
+
+from drex.control.scheduler import Scheduler
+from drex.engine.detokenizer import Detokenizer
+from drex.engine.executor import Executor
+from drex.outputs import Chunk, CompletionOutput, TokenOutput
+from drex.request import FinishReason, Request, TokenRecord
+
+
+@dataclass
+class _Sample:
+    """A request on its way out: which of its records became text."""
+
+    request: Request
+    detokenizer: Detokenizer
+    tokens: list[TokenOutput] = field(default_factory=list)
+    error: str | None = None
+
+
+@dataclass
+class EngineStats:
+    """What the engine has done. `seconds` splits its own time (scheduling, bookkeeping, text) from the executor's."""
+
+    passes: int = 0
+    rows: int = 0
+    tokens: int = 0
+    own_seconds: float = 0.0
+    executor_seconds: float = 0.0
+
+
+class Engine:
+    """Joins a scheduler and an executor.
+
+    Args:
+        scheduler: decides.
+        executor: computes.
+        tokenizer: for text; None leaves it empty.
+    """
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.scheduler, self.executor, self.tokenizer = scheduler, executor, tokenizer
+        self.stats = EngineStats()
+        self._samples: dict[str, _Sample] = {}
+        self._layers = list(accumulate(scheduler.layout.lengths))
+
+    def add(self, request: Request) -> None:
+        """Take in a request. Raises ValueError if it could never be served."""
+        params = request.params
+        self.scheduler.add(request)
+        self._samples[request.request_id] = _Sample(
+            request,
+            Detokenizer(
+                self.tokenizer, params.stop_strings, params.skip_special_tokens, params.include_stop_str_in_output
+            ),
+        )
+
+    def abort(self, request_id: str) -> None:
+        """End a request; what it holds is free again at once. Unknown ids are ignored: it may just have ended."""
+        if request_id in self._samples:
+            self.scheduler.finish(request_id, FinishReason.ABORT)
+            del self._samples[request_id]
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._samples)
+
+    def step(self) -> list[tuple[str, Chunk, CompletionOutput | None]]:
+        """Run one pass. Returns (request id, what is new, and the whole sample once it is finished)."""
+        started = time.perf_counter()
+        batch = self.scheduler.next()
+        if batch is None:
+            return []
+        planned = time.perf_counter()
+        self.executor.submit(batch)
+        result = self.executor.collect()
+        executed = time.perf_counter()
+        out = [self._emit(request, result.error) for request in self.scheduler.commit(batch, result)]
+        self.stats.passes += 1
+        self.stats.rows += batch.rows
+        self.stats.executor_seconds += executed - planned
+        self.stats.own_seconds += planned - started + time.perf_counter() - executed
+        return out
+
+    def _emit(self, request: Request, error: Exception | None) -> tuple[str, Chunk, CompletionOutput | None]:
+        sample = self._samples[request.request_id]
+        fresh = []
+        for number, record in enumerate(request.records[len(sample.tokens) :], len(sample.tokens) + 1):
+            may_stop = number >= request.params.min_tokens
+            fresh.append(self.token_output(record, sample.detokenizer.push(record.token_id, may_stop)))
+        self.stats.tokens += len(fresh)
+        if sample.detokenizer.stopped_at is not None:
+            request.stop_reason = sample.detokenizer.stopped_at
+            if request.finish_reason is None:
+                self.scheduler.finish(request.request_id, FinishReason.STOP)
+            request.finish_reason = FinishReason.STOP
+        reason = request.finish_reason
+        if reason is not None:
+            rest = sample.detokenizer.finish()
+            if rest and fresh:
+                fresh[-1] = fresh[-1]._replace(text=fresh[-1].text + rest)
+        sample.tokens.extend(fresh)
+        chunk = Chunk(request.sample, sample.detokenizer.show(reason is not None), tuple(fresh), reason)
+        if reason is None:
+            return request.request_id, chunk, None
+        del self._samples[request.request_id]
+        done = CompletionOutput(
+            index=request.sample,
+            text=sample.detokenizer.text,
+            tokens=tuple(sample.tokens),
+            finish_reason=reason,
+            stop_reason=request.stop_reason,
+            error=None if error is None else f"{type(error).__name__}: {error}",
+        )
+        return request.request_id, chunk, done
+
+    def token_output(self, record: TokenRecord, text: str) -> TokenOutput:
+        """A record in the user's terms: layers instead of segments."""
+        return TokenOutput(
+            id=record.token_id,
+            text=text,
+            logprob=record.logprob,
+            exit_layer=self._layers[record.depth - 1],
+            confidence=record.confidence,
+            checks=record.checks,
+            top_logprobs=record.top,
+        )
+
+    def prompt_tokens(self, request: Request) -> tuple[TokenOutput, ...]:
+        """The scored prompt tokens of a finished request: all but the first, which nothing predicts."""
+        records = [request.prompt_records[position] for position in range(len(request.prompt) - 1)]
+        tokenizer = self.tokenizer
+        texts = ["" if tokenizer is None else str(tokenizer.decode([record.token_id])) for record in records]
+        return tuple(self.token_output(record, text) for record, text in zip(records, texts, strict=True))

@@ -1,0 +1,386 @@
+"""The offline façade: a model, an engine around it, and the calls that users know from vLLM."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from drex.compute.load import LoadedModel, load_model
+from drex.compute.segments import SegmentRunner
+from drex.config import EarlyExit, EngineConfig, ExitRule
+from drex.control.scheduler import Scheduler
+from drex.engine.engine import Engine
+from drex.engine.executor import TorchExecutor
+from drex.outputs import Chunk, CompletionOutput, ExitStats, RequestOutput, Scored
+from drex.request import Request, SamplingParams
+
+DEFAULT_KV_BYTES = 2**30
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """An early-exit language model, ready to generate.
+
+    Args:
+        model: Hugging Face folder or hub id; None is the bundled demonstration model.
+        early_exit: exits, thresholds, criterion and K/V fill; None is what the model's `early_exit.json` says,
+            or full depth where it has none; `EarlyExit.off()` is full depth.
+        dtype: `auto` (the checkpoint's; float32 on a CPU that is slower in 16 bit), `float32`, `bfloat16`, `float16`
+            or `float64`.
+        device: `auto`, or a torch device.
+        policy: `drex` (rebatching), `split` (flush at once) or `full` (no exits).
+        max_model_len: tokens a request may have, prompt and output; None is what the checkpoint was made for.
+        max_num_seqs: requests in flight.
+        max_num_batched_tokens: rows a pass may have; longer prompts are chunked.
+        kv_cache_tokens: tokens for which there is K/V memory; None is enough for `max_num_seqs` requests of
+            `max_model_len`, within 1 GiB.
+        max_fill_rows, max_wait_passes, flush_share: of the rebatching, see `EngineConfig`.
+        tokenizer: folder or hub id, where it is not beside the model.
+
+    Raises:
+        ValueError: bad settings or a model that can't be loaded, with what to do about it.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        early_exit: EarlyExit | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        policy: str = "drex",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        kv_cache_tokens: int | None = None,
+        max_fill_rows: int = 256,
+        max_wait_passes: int = 32,
+        flush_share: float = 0.5,
+        tokenizer: str | Path | None = None,
+    ) -> None:
+        asked = EngineConfig(
+            max_model_len=1 if max_model_len is None else max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_tokens=kv_cache_tokens,
+            max_fill_rows=max_fill_rows,
+            max_wait_passes=max_wait_passes,
+            flush_share=flush_share,
+            policy=policy,
+        )
+        self.model: LoadedModel = load_model(model, early_exit, dtype, device, exits_off=policy == "full")
+        self.config = _fit(asked, self.model, max_model_len)
+        self.tokenizer = _load_tokenizer(self.model.folder if tokenizer is None else Path(tokenizer))
+        assert self.config.kv_cache_tokens is not None
+        layout = self.model.layout
+        scheduler = Scheduler(self.config, layout, self.model.exits.kv_fill)
+        self._runner = SegmentRunner(
+            self.model.decoder,
+            self.model.heads,
+            layout,
+            scheduler.pool.num_cells,
+            scheduler.arena.capacity,
+            self.config.max_model_len,
+        )
+        self.engine = Engine(scheduler, TorchExecutor(self._runner), self.tokenizer)
+        self._arrivals = 0
+
+    # Generation
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate for one or many prompts, served together; the outputs are in the order of the prompts.
+
+        Args:
+            prompts: text or token ids, one or a list.
+            sampling_params: for all, or one a prompt; None is the default `SamplingParams()`.
+            use_tqdm: show a progress bar (on a terminal, for more than one prompt); the name is vLLM's.
+
+        Raises:
+            ValueError: a prompt or setting that can't be served; nothing is generated then.
+        """
+        listed = _listed(prompts)
+        params = _spread(sampling_params, len(listed))
+        groups = [self._requests(prompt, p) for prompt, p in zip(listed, params, strict=True)]
+        done = self._run([request for group in groups for request in group], progress=use_tqdm and len(listed) > 1)
+        return [self._output(prompt, group, done) for prompt, group in zip(listed, groups, strict=True)]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate the next turn of one or many conversations, each a list of {"role", "content"}.
+
+        Raises:
+            ValueError: no chat template, or messages it does not take.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [self.chat_prompt(conversation) for conversation in conversations]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation under the model's chat template, ready for the assistant's turn."""
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise ValueError("the model has no chat template: use generate, or set chat_template in its tokenizer")
+        if not messages:
+            raise ValueError("messages is empty: give at least one")
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
+            )
+        except Exception as error:  # the template is a program of the model's author: it may raise anything
+            raise ValueError(f"the chat template does not take these messages: {error}") from error
+        assert isinstance(ids, list)
+        return ids
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Chunk]:
+        """Generate for one prompt, a chunk at a time; leaving the iterator early aborts the request.
+
+        Raises:
+            ValueError: a prompt or setting that can't be served.
+        """
+        requests = self._requests(prompt, sampling_params or SamplingParams())
+        return self._stream(requests)
+
+    def _stream(self, requests: list[Request]) -> Iterator[Chunk]:
+        left = {request.request_id for request in requests}
+        try:
+            for request in requests:
+                self.engine.add(request)
+            while left:
+                for request_id, chunk, whole in self.engine.step():
+                    if request_id in left:
+                        if whole is not None:
+                            left.remove(request_id)
+                        yield chunk
+        finally:
+            for request_id in left:
+                self.engine.abort(request_id)
+
+    def score(
+        self,
+        token_ids: Sequence[int] | Sequence[Sequence[int]],
+        *,
+        early_exit: EarlyExit | None = None,
+        use_tqdm: bool = True,
+    ) -> list[Scored]:
+        """Teacher-forced log-probabilities of one or many token sequences.
+
+        Args:
+            token_ids: one sequence or a list of them, each of at least 2 tokens.
+            early_exit: None scores at full depth; otherwise every position exits where its own confidence reaches the
+                threshold, under the fill that is served. `EarlyExit()` takes the engine's settings.
+            use_tqdm: show a progress bar on a terminal.
+
+        Raises:
+            ValueError: a sequence that is too short, too long, or has a token id outside of the vocabulary.
+        """
+        sequences: list[Any] = list(token_ids) if token_ids and not isinstance(token_ids[0], int) else [token_ids]
+        for ids in sequences:
+            if len(ids) < 2:
+                raise ValueError(f"scoring takes at least 2 tokens, got {len(ids)}")
+            self._check_tokens(ids, len(ids))
+        rule = self.model.exits.rule_for(EarlyExit.off() if early_exit is None else early_exit)
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+        requests = [self._request(ids, params, rule, sample=0, seed=0, score_rule=rule) for ids in sequences]
+        done = self._run(requests, progress=use_tqdm and len(requests) > 1, text="scoring")
+        return [self._scored(request, done[request.request_id]) for request in requests]
+
+    def _scored(self, request: Request, whole: CompletionOutput) -> Scored:
+        if whole.error is not None:
+            raise RuntimeError(f"scoring failed: {whole.error}")
+        tokens = self.engine.prompt_tokens(request)
+        return Scored(
+            logprobs=[token.logprob for token in tokens],
+            exit_layers=[token.exit_layer for token in tokens],
+            confidences=[token.confidence for token in tokens],
+            best=[token.top_logprobs[0][0] for token in tokens],
+        )
+
+    # Requests
+
+    def _requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
+        """The n samples of a prompt as requests; raises ValueError if they can't be served."""
+        ids = self.encode(prompt)
+        room = self.config.max_model_len - len(ids)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and max_model_len is {self.config.max_model_len}: shorten the prompt "
+                "so that at least one token can follow, or raise max_model_len"
+            )
+        self._check_tokens(ids, self.config.max_model_len)
+        outside = [t for t in (params.logit_bias or {}) if not 0 <= t < self.model.decoder.spec.vocab_size]
+        if outside:
+            raise ValueError(f"logit_bias names token {outside[0]}: the vocabulary has ids 0..{self._last_token}")
+        if params.early_exit is not None and params.early_exit.criterion == "probe":
+            if any(probe is None for _, probe in self.model.heads):
+                raise ValueError("criterion 'probe': this model has no probes; choose another criterion")
+        rule = self.model.exits.rule_for(params.early_exit)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        params = replace(params, max_tokens=min(params.max_tokens, room), min_tokens=min(params.min_tokens, room))
+        requests = []
+        for sample in range(params.n):
+            scored = params.prompt_logprobs is not None and sample == 0
+            score_rule = self.model.exits.rule_for(EarlyExit.off()) if scored else None
+            requests.append(self._request(ids, params, rule, sample, seed, score_rule))
+        return requests
+
+    def _request(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        rule: ExitRule,
+        sample: int,
+        seed: int,
+        score_rule: ExitRule | None,
+    ) -> Request:
+        self._arrivals += 1
+        return Request(
+            request_id=f"request-{self._arrivals}",
+            prompt=tuple(ids),
+            params=params,
+            rule=rule,
+            seed=seed,
+            eos_token_ids=self.model.decoder.spec.eos_token_ids,
+            num_segments=len(self.model.layout.lengths),
+            arrival=self._arrivals,
+            sample=sample,
+            score_rule=score_rule,
+        )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, special tokens as the tokeniser adds them; ids pass through.
+
+        Raises:
+            ValueError: an empty prompt, or text without a tokeniser.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("the model folder has no tokeniser: give prompts as token ids, or name a tokenizer")
+            ids = self.tokenizer(prompt)["input_ids"]
+            assert isinstance(ids, list)
+        else:
+            ids = list(prompt)
+        if not ids:
+            raise ValueError("the prompt is empty: give at least one token")
+        return ids
+
+    @property
+    def _last_token(self) -> int:
+        return self.model.decoder.spec.vocab_size - 1
+
+    def _check_tokens(self, ids: Sequence[int], length: int) -> None:
+        if length > self.config.max_model_len:
+            raise ValueError(f"{length} tokens, and max_model_len is {self.config.max_model_len}: shorten the text")
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= self._last_token:
+                raise ValueError(f"token id {token!r}: the vocabulary has ids 0..{self._last_token}")
+
+    def _run(self, requests: list[Request], *, progress: bool, text: str = "generating") -> dict[str, CompletionOutput]:
+        """Serve requests to the end; on any interruption those that are left are aborted."""
+        done: dict[str, CompletionOutput] = {}
+        try:
+            for request in requests:
+                self.engine.add(request)
+            with _progress(text, len(requests), progress) as advance:
+                while len(done) < len(requests):
+                    for request_id, _, whole in self.engine.step():
+                        if whole is not None:
+                            done[request_id] = whole
+                            advance()
+        finally:
+            for request in requests:
+                if request.request_id not in done:
+                    self.engine.abort(request.request_id)
+        return done
+
+    def _output(self, prompt: Prompt, group: list[Request], done: dict[str, CompletionOutput]) -> RequestOutput:
+        first = group[0]
+        wanted = first.score_rule is not None and len(first.prompt_records) == len(first.prompt) - 1
+        return RequestOutput(
+            request_id=first.request_id,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=first.prompt,
+            outputs=tuple(done[request.request_id] for request in group),
+            prompt_logprobs=(None, *self.engine.prompt_tokens(first)) if wanted else None,
+        )
+
+    def exit_stats(self, outputs: Sequence[RequestOutput]) -> ExitStats:
+        """Exits, involuntary exits and stays of everything in `outputs`."""
+        tokens = (token for output in outputs for sample in output.outputs for token in sample.tokens)
+        return ExitStats.of(tokens, self.model.decoder.spec.num_layers)
+
+
+def _fit(asked: EngineConfig, model: LoadedModel, max_model_len: int | None) -> EngineConfig:
+    """Replace what was left open by what the model and its memory allow."""
+    spec = model.decoder.spec
+    length = spec.max_length if max_model_len is None else max_model_len
+    if length > spec.max_length:
+        raise ValueError(f"max_model_len is {length}: the checkpoint was made for at most {spec.max_length} tokens")
+    if spec.sliding_window is not None and spec.sliding_window < length:
+        raise ValueError(
+            f"the model looks back {spec.sliding_window} tokens only (sliding_window), which drex does not do: "
+            f"set max_model_len to at most {spec.sliding_window}"
+        )
+    tokens = asked.kv_cache_tokens
+    if tokens is None:
+        size = model.decoder.embedding.element_size() * spec.kv_values_per_slot * spec.num_layers
+        tokens = max(length, min(asked.max_num_seqs * length, DEFAULT_KV_BYTES // size))
+    return replace(asked, max_model_len=length, kv_cache_tokens=tokens)
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder}: the tokeniser can't be loaded ({error}); fetch the model again") from error
+    return tokenizer
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one, or one a prompt")
+    return list(params)
+
+
+class _progress:
+    """A progress bar on a terminal, or nothing; the context is the function that advances it."""
+
+    def __init__(self, text: str, total: int, show: bool) -> None:
+        columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, transient=True, disable=not show)
+        self._task = self._bar.add_task(text, total=total)
+
+    def __enter__(self) -> Any:
+        self._bar.start()
+        return lambda: self._bar.advance(self._task)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

@@ -1,0 +1,238 @@
+"""A request: its tokens, how far each segment has come, and what was recorded when each token was decided.
+
+Invariants: frontiers descend with the segment; `depths` has one entry for every position whose next token is known.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from drex.config import EarlyExit, ExitRule
+
+MAX_LOGPROBS = 20
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended: an end or stop token or string, its length, the user, or a failed pass."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn, and when to stop; names and meanings as vLLM's.
+
+    Args:
+        n: samples of one prompt; sample i differs from sample 0 in its noise only.
+        temperature: 0 is greedy.
+        top_k: 0 keeps all.
+        seed: of the noise, which is a pure function of (seed, sample, position); None draws one per request.
+        logprobs, prompt_logprobs: how many most likely tokens to report beside the token itself.
+        early_exit: overrides the engine's thresholds, criterion, schedule and allowed exits.
+
+    Raises:
+        ValueError: a value out of range, naming the range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] | list[str] | str | None = None
+    stop_token_ids: tuple[int, ...] | list[int] | None = None
+    include_stop_str_in_output: bool = False
+    max_tokens: int = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    early_exit: EarlyExit | None = None
+
+    def __post_init__(self) -> None:
+        checks = (
+            (_whole(self.n) and self.n >= 1, "n", "a whole number from 1 on"),
+            (_number(self.temperature) and 0 <= self.temperature <= 2, "temperature", "a number in [0, 2]"),
+            (_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]"),
+            (_whole(self.top_k) and self.top_k >= -1, "top_k", "a whole number from 0 (or -1: all) on"),
+            (_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number in [0, 1]"),
+            (_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 2, "repetition_penalty", "in (0, 2]"),
+            (_number(self.presence_penalty) and -2 <= self.presence_penalty <= 2, "presence_penalty", "in [-2, 2]"),
+            (_number(self.frequency_penalty) and -2 <= self.frequency_penalty <= 2, "frequency_penalty", "in [-2, 2]"),
+            (self.seed is None or _whole(self.seed), "seed", "a whole number, or None"),
+            (_whole(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "a whole number from 1 on"),
+            (
+                _whole(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
+                "min_tokens",
+                "a whole number from 0 to max_tokens",
+            ),
+            (_logprobs(self.logprobs), "logprobs", f"a whole number from 0 to {MAX_LOGPROBS}, or None"),
+            (_logprobs(self.prompt_logprobs), "prompt_logprobs", f"a whole number from 0 to {MAX_LOGPROBS}, or None"),
+        )
+        for good, name, range_ in checks:
+            if not good:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: give {range_}")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop is {self.stop!r}: give non-empty strings")
+        object.__setattr__(self, "stop", stop)
+        ids = tuple(self.stop_token_ids or ())
+        if not all(_whole(token) for token in ids):
+            raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}: give token ids")
+        object.__setattr__(self, "stop_token_ids", ids)
+        bias = self.logit_bias or {}
+        if not all(_whole(token) and _number(value) and -100 <= value <= 100 for token, value in bias.items()):
+            raise ValueError(f"logit_bias is {self.logit_bias!r}: map token ids to numbers in [-100, 100]")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        assert isinstance(self.stop, tuple)
+        return self.stop
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything but temperature and truncation is applied to the logits."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or bool(self.logit_bias)
+        )
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _logprobs(value: object) -> bool:
+    return value is None or (isinstance(value, int) and _whole(value) and 0 <= value <= MAX_LOGPROBS)
+
+
+class ExitCheck(NamedTuple):
+    """What one exit point said of one token: its confidence, and the threshold in force there."""
+
+    exit_index: int
+    confidence: float
+    threshold: float
+
+
+class TokenRecord(NamedTuple):
+    """One generated token: where it was emitted, and what was measured on the way there.
+
+    `depth` counts segments executed. `top` holds (token id, log-probability) of the most likely tokens, best first.
+    """
+
+    token_id: int
+    logprob: float
+    depth: int
+    confidence: float
+    checks: tuple[ExitCheck, ...]
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass
+class Undecided:
+    """What the exit points passed so far said of a row: its checks, and (token, length) of the agreeing run."""
+
+    checks: list[ExitCheck] = field(default_factory=list)
+    agreeing: tuple[int, int] = (0, 0)
+
+
+@dataclass(eq=False)
+class Request:
+    """One sample of one prompt on its way through the engine.
+
+    With a `score_rule` the prompt's own tokens are scored: each prompt row is measured as if it were decoded, and
+    exits where that rule says so. Without one, prompt rows run at full depth and are not measured.
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    rule: ExitRule
+    seed: int
+    eos_token_ids: frozenset[int]
+    num_segments: int
+    arrival: int = 0
+    priority: int = 0
+    sample: int = 0
+    score_rule: ExitRule | None = None
+
+    tokens: list[int] = field(init=False)
+    depths: list[int] = field(init=False)
+    records: list[TokenRecord] = field(default_factory=list)
+    prompt_records: dict[int, TokenRecord] = field(default_factory=dict)
+    frontiers: list[int] = field(init=False)
+    undecided: dict[int, Undecided] = field(default_factory=dict)
+    claimed: int = 0
+    in_pass: bool = False
+    abort_asked: FinishReason | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+        self.depths = [self.num_segments] * (len(self.prompt) - 1)
+        self.frontiers = [0] * self.num_segments
+
+    @property
+    def max_tokens(self) -> int:
+        """Outputs it may have."""
+        return self.params.max_tokens
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether only its last token has still to pass segment 0: no prompt or replay is left."""
+        return self.frontiers[0] >= len(self.tokens) - 1 and self.num_output > 0
+
+    @property
+    def live_segment(self) -> int | None:
+        """The segment that the live row is to run next; None while a prompt or replay has not reached it."""
+        last = len(self.tokens) - 1
+        if self.frontiers[0] < last:
+            return None
+        return sum(frontier > last for frontier in self.frontiers)
+
+    def pending(self, segment: int) -> int:
+        """How many positions have passed the segment before and not this one."""
+        upto = len(self.tokens) if segment == 0 else self.frontiers[segment - 1]
+        return upto - self.frontiers[segment]
+
+    def ending(self) -> FinishReason | None:
+        """Why the request ends with its last token, if it does; notes a stop token as `stop_reason`."""
+        token = self.tokens[-1]
+        assert isinstance(self.params.stop_token_ids, tuple)
+        if self.num_output >= self.params.min_tokens:
+            if token in self.params.stop_token_ids:
+                self.stop_reason = token
+                return FinishReason.STOP
+            if token in self.eos_token_ids and not self.params.ignore_eos:
+                return FinishReason.STOP
+        return FinishReason.LENGTH if self.num_output >= self.max_tokens else None
+
+    def banned(self) -> tuple[int, ...]:
+        """Tokens that may not come next, because min_tokens is not reached."""
+        if self.num_output >= self.params.min_tokens:
+            return ()
+        assert isinstance(self.params.stop_token_ids, tuple)
+        return tuple(sorted(self.eos_token_ids | set(self.params.stop_token_ids)))
