@@ -158,6 +158,8 @@ class Undecided:
 class Request:
     """One sample of one prompt on its way through the engine.
 
+    While it runs, `claimed` slots of the pool are spoken for, those of its first `claimed_length` positions.
+
     With a `score_rule` the prompt's own tokens are scored: each prompt row is measured as if it were decoded, and
     exits where that rule says so. Without one, prompt rows run at full depth and are not measured.
     """
@@ -181,6 +183,7 @@ class Request:
     frontiers: list[int] = field(init=False)
     undecided: dict[int, Undecided] = field(default_factory=dict)
     claimed: int = 0
+    claimed_length: int = 0
     in_pass: bool = False
     abort_asked: FinishReason | None = None
     finish_reason: FinishReason | None = None

@@ -44,8 +44,10 @@ def drex(ready: Ready, config: EngineConfig) -> int | None:
     Prompts go through at once and take the buffered rows of the segment along. Nothing else ready: flush what there is.
     """
     deepest_first = range(len(ready.buffered) - 1, 0, -1)
+    # Every buffer may come due in the same pass, and each flush takes one.
+    due = config.max_wait_passes - len(ready.buffered)
     for segment in deepest_first:
-        if ready.oldest_age[segment] >= config.max_wait_passes - len(ready.buffered):
+        if ready.buffered[segment] and ready.oldest_age[segment] >= due:
             return segment
     for segment in deepest_first:
         if ready.urgent[segment] or 0 < config.flush_share * ready.decoding <= ready.buffered[segment]:

@@ -86,7 +86,7 @@ class Scheduler:
         del self._tables[request.request_id]
         self.pool.close(request.request_id)
         self.pool.claim(-request.claimed)
-        request.claimed = 0
+        request.claimed = request.claimed_length = 0
         self.arena.close(request.request_id)
         for buffer in self.buffers:
             buffer.discard(request.request_id)
@@ -113,7 +113,7 @@ class Scheduler:
                 return
             self.waiting.pop(0)
             self.pool.claim(needed)
-            request.claimed = needed
+            request.claimed, request.claimed_length = needed, len(request.tokens)
             room = len(request.prompt) + request.max_tokens
             self._tables[request.request_id] = self.pool.open(request.request_id, room)
             bisect.insort(self.running, request, key=_urgency)
@@ -188,7 +188,7 @@ class Scheduler:
                 if request.decoding != decoding or not pending:
                     continue
                 count = min(pending, budget, rows)
-                if decoding:
+                if request.frontiers[0] >= request.claimed_length:
                     if slots < per_token:
                         continue
                     slots -= per_token
@@ -237,8 +237,9 @@ class Scheduler:
     def _span(self, request: Request, segment: int, count: int) -> Span:
         start = request.frontiers[segment]
         stop = start + count
-        if segment == 0 and request.decoding:
+        if segment == 0 and stop > request.claimed_length:
             self._claim(request, sum(self.layout.lengths))
+            request.claimed_length = stop
         if segment == 0 and self.segments > 1:
             self.arena.take(request.request_id, range(start, stop))
         full, fill = self._place(request, segment, range(start, stop))
