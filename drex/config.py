@@ -189,8 +189,8 @@ def resolve_exits(asked: EarlyExit | None, recorded: EarlyExitFile | None, num_l
     layers = tuple(asked.layers) if asked.layers is not None else tuple(known)
     if not layers:
         raise ValueError(
-            "no exit points: the model has no early_exit.json, so name them, as in EarlyExit(layers=[8], thresholds=0.8) "
-            "or --exits 8 --thresholds 0.8, or turn early exit off"
+            "no exit points: the model has no early_exit.json, so name them, as in "
+            "EarlyExit(layers=[8], thresholds=0.8) or --exits 8 --thresholds 0.8, or turn early exit off"
         )
     check_exit_layers(list(layers), num_layers)
     if asked.thresholds is not None:
@@ -234,7 +234,9 @@ class EngineConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
         if self.kv_cache_tokens is not None and self.kv_cache_tokens < 2:
-            raise ValueError(f"kv_cache_tokens is {self.kv_cache_tokens}: give at least 2, a prompt token and its answer")
+            raise ValueError(
+                f"kv_cache_tokens is {self.kv_cache_tokens}: give at least 2, a prompt token and its answer"
+            )
         if not 0 < self.flush_share <= 1:
             raise ValueError(f"flush_share is {self.flush_share}: give a share in (0, 1]")
         if self.policy not in POLICIES:

@@ -148,29 +148,41 @@ class LLM:
         assert isinstance(ids, list)
         return ids
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Chunk]:
-        """Generate for one prompt, a chunk at a time; leaving the iterator early aborts the request.
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[Chunk]:
+        """Generate for one or many prompts, served together, a chunk at a time as tokens come.
+
+        Leaving the iterator early aborts what is unfinished.
 
         Raises:
-            ValueError: a prompt or setting that can't be served.
+            ValueError: a prompt or setting that can't be served; nothing is generated then.
         """
-        requests = self._requests(prompt, sampling_params or SamplingParams())
-        return self._stream(requests)
+        listed = _listed(prompts)
+        params = _spread(sampling_params, len(listed))
+        groups = [self._requests(prompt, p) for prompt, p in zip(listed, params, strict=True)]
+        return self._stream({r.request_id: (number, r) for number, group in enumerate(groups) for r in group})
 
-    def _stream(self, requests: list[Request]) -> Iterator[Chunk]:
-        left = {request.request_id for request in requests}
+    def _stream(self, left: dict[str, tuple[int, Request]]) -> Iterator[Chunk]:
         try:
-            for request in requests:
+            for _, request in left.values():
                 self.engine.add(request)
             while left:
                 for request_id, chunk, whole in self.engine.step():
                     if request_id in left:
+                        number = left[request_id][0]
                         if whole is not None:
-                            left.remove(request_id)
-                        yield chunk
+                            del left[request_id]
+                        yield replace(chunk, prompt_index=number)
         finally:
             for request_id in left:
                 self.engine.abort(request_id)
+
+    def check(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[int]:
+        """The token ids of a prompt that can be served; raises ValueError, naming the remedy, for one that can't."""
+        return list(self._requests(prompt, sampling_params or SamplingParams())[0].prompt)
 
     def score(
         self,
@@ -220,17 +232,16 @@ class LLM:
         room = self.config.max_model_len - len(ids)
         if room < 1:
             raise ValueError(
-                f"the prompt has {len(ids)} tokens and max_model_len is {self.config.max_model_len}: shorten the prompt "
-                "so that at least one token can follow, or raise max_model_len"
+                f"the prompt has {len(ids)} tokens and max_model_len is {self.config.max_model_len}: shorten the "
+                "prompt so that at least one token can follow, or raise max_model_len"
             )
         self._check_tokens(ids, self.config.max_model_len)
         outside = [t for t in (params.logit_bias or {}) if not 0 <= t < self.model.decoder.spec.vocab_size]
         if outside:
             raise ValueError(f"logit_bias names token {outside[0]}: the vocabulary has ids 0..{self._last_token}")
-        if params.early_exit is not None and params.early_exit.criterion == "probe":
-            if any(probe is None for _, probe in self.model.heads):
-                raise ValueError("criterion 'probe': this model has no probes; choose another criterion")
         rule = self.model.exits.rule_for(params.early_exit)
+        if rule.criterion == "probe" and any(probe is None for _, probe in self.model.heads):
+            raise ValueError("criterion 'probe': this model has no probes; choose another criterion")
         seed = secrets.randbits(63) if params.seed is None else params.seed
         params = replace(params, max_tokens=min(params.max_tokens, room), min_tokens=min(params.min_tokens, room))
         requests = []
@@ -238,6 +249,7 @@ class LLM:
             scored = params.prompt_logprobs is not None and sample == 0
             score_rule = self.model.exits.rule_for(EarlyExit.off()) if scored else None
             requests.append(self._request(ids, params, rule, sample, seed, score_rule))
+        self.engine.scheduler.check_fits(requests[0])
         return requests
 
     def _request(
@@ -297,7 +309,7 @@ class LLM:
         try:
             for request in requests:
                 self.engine.add(request)
-            with _progress(text, len(requests), progress) as advance:
+            with _Progress(text, len(requests), progress) as advance:
                 while len(done) < len(requests):
                     for request_id, _, whole in self.engine.step():
                         if whole is not None:
@@ -370,7 +382,7 @@ def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int
     return list(params)
 
 
-class _progress:
+class _Progress:
     """A progress bar on a terminal, or nothing; the context is the function that advances it."""
 
     def __init__(self, text: str, total: int, show: bool) -> None:

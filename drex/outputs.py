@@ -33,7 +33,10 @@ class TokenOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One sample. `finish_reason`: stop, length, abort or error; `stop_reason`: the stop token or string, if one hit."""
+    """One sample.
+
+    `finish_reason` is stop, length, abort or error; `stop_reason` the stop token or string, if one hit.
+    """
 
     index: int
     text: str
@@ -60,12 +63,17 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a streamed sample: new text and tokens; `finish_reason` on the last one."""
+    """A piece of a streamed sample: new text and tokens; `finish_reason`, and `error` if there was one, on the last.
+
+    `prompt_index` counts the prompts of the call, `index` the samples of a prompt.
+    """
 
     index: int
     text: str
     tokens: tuple[TokenOutput, ...]
     finish_reason: str | None = None
+    error: str | None = None
+    prompt_index: int = 0
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,9 @@ class Reference:
     def ends(self, token: int, outputs: int, params: SamplingParams) -> bool:
         if outputs < params.min_tokens:
             return False
-        return (token == self.config["eos_token_id"] and not params.ignore_eos) or token in (params.stop_token_ids or ())
+        return (token == self.config["eos_token_id"] and not params.ignore_eos) or token in (
+            params.stop_token_ids or ()
+        )
 
     def adjust(self, logits: Tensor, params: SamplingParams, prompt: list[int], tokens: list[int]) -> Tensor:
         logits = logits.clone()

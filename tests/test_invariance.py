@@ -221,7 +221,14 @@ def check_sample(whole: CompletionOutput, wanted: list[RefToken], exits: tuple[i
 def test_engine_equals_reference_under_any_schedule(
     folders: dict[tuple[int, ...], Path], fill: str, criterion: str
 ) -> None:
-    @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None, phases=[Phase.generate])
+    @settings(
+        max_examples=12,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+        phases=[Phase.generate],
+    )
     @given(schedules(criterion))
     def check(schedule: Schedule) -> None:
         largest = max(len(ask.prompt) + ask.params.max_tokens - 1 for ask in schedule.asks)

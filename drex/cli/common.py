@@ -1,8 +1,50 @@
-"""What the subcommands share: option texts and parsing of lists."""
+"""What the subcommands share: options, and what their texts mean."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
+from drex.config import EarlyExit
+
 EXIT_LAYERS_HELP = "Exit points: comma-separated counts of layers executed, as in 4,8."
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Hugging Face folder or hub id; without it the bundled model.")
+]
+ExitsOption = Annotated[str | None, typer.Option("--exits", help=EXIT_LAYERS_HELP)]
+ThresholdsOption = Annotated[
+    str | None, typer.Option("--thresholds", help="Confidence at which a token exits: one number, or one an exit.")
+]
+CriterionOption = Annotated[
+    str | None, typer.Option("--criterion", help="max_prob, margin, entropy, state, patience, probe or trace.")
+]
+KvFillOption = Annotated[
+    str | None, typer.Option("--kv-fill", help="K/V of skipped layers: recompute, project, alias or mask.")
+]
+PolicyOption = Annotated[str, typer.Option("--policy", help="drex, split or full.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
+
+
+def early_exit_from(
+    exits: str | None, thresholds: str | None, criterion: str | None, kv_fill: str | None, full_depth: bool
+) -> EarlyExit | None:
+    """The settings that the options name; None leaves everything to `early_exit.json`."""
+    if full_depth:
+        if exits or thresholds or criterion or kv_fill:
+            raise ValueError("--full-depth goes without --exits, --thresholds, --criterion and --kv-fill")
+        return EarlyExit.off()
+    if not (exits or thresholds or criterion or kv_fill):
+        return None
+    numbers = None if thresholds is None else parse_floats(thresholds, "--thresholds")
+    return EarlyExit(
+        layers=None if exits is None else parse_ints(exits, "--exits"),
+        thresholds=numbers[0] if numbers is not None and len(numbers) == 1 else numbers,
+        criterion=criterion,
+        kv_fill=kv_fill,
+    )
 
 
 def parse_ints(text: str, option: str) -> tuple[int, ...]:

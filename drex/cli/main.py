@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
+from drex.cli.generate import generate
+from drex.cli.info import info
 from drex.cli.train import train
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(generate)
+app.command()(info)
 app.command()(train)
 
 
 @app.callback()
 def root() -> None:
-    """Early-exit language models, served with dynamic rebatching."""
+    """Early-exit language models with dynamic rebatching."""
 
 
 def main() -> None:
-    """Run the command line; ValueError from the library is the user's input, said in one line."""
+    """Run the command line; a ValueError from the library is the user's input, said in one line."""
+    # transformers draws a bar for every folder it reads; drex has its own for what takes long.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except ValueError as error:
         sys.stderr.write(f"drex: {error}\n")
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.exit(0)

@@ -86,7 +86,9 @@ class Decoder:
         """The norm before the LM head."""
         return self.norm(hidden, self.final_norm_weight)
 
-    def project_qkv(self, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(
+        self, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both rotated) and values of rows.
 
         Shapes: hidden (rows, hidden), cos and sin (rows, 1, head_dim / 2) -> q (rows, heads, head_dim),
@@ -102,7 +104,7 @@ class Decoder:
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
     def finish_layer(self, layer: LayerWeights, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Output projection and MLP with their residuals. Shapes: attended (rows, heads * head_dim) -> (rows, hidden)."""
+        """Output projection and MLP, with residuals. Shapes: attended (rows, heads * head_dim) -> (rows, hidden)."""
         hidden = hidden + F.linear(attended, layer.out, layer.out_bias)
         fused = F.linear(self.norm(hidden, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
         gate, up = fused.chunk(2, dim=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ class LoadedModel:
     def layout(self) -> SlotLayout:
         """Layers of each segment."""
         edges = (0, *self.exits.layers, self.decoder.spec.num_layers)
-        return SlotLayout(tuple(b - a for a, b in zip(edges, edges[1:], strict=False)))
+        return SlotLayout(tuple(b - a for a, b in pairwise(edges)))
 
 
 def find_model(model: str | Path | None) -> Path:
@@ -59,7 +60,9 @@ def find_model(model: str | Path | None) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"no folder {name}, and the hub did not give it ({reason}): check the name and the network") from error
+        raise ValueError(
+            f"no folder {name}, and the hub did not give it ({reason}): check the name and the network"
+        ) from error
 
 
 def pick_device(device: str) -> torch.device:

@@ -27,7 +27,9 @@ def judge(measured: Measured, evaluations: Sequence[Evaluation]) -> tuple[Verdic
     tokens, best = _draw(measured, evaluations)
     logits = measured.logits
     logprob = logits.gather(1, tokens[:, None]).squeeze(1) - measured.log_sum_exp
-    numbers = torch.stack((tokens.double(), best.double(), measured.argmax.double(), logprob.double(), confidence.double()))
+    numbers = torch.stack(
+        (tokens.double(), best.double(), measured.argmax.double(), logprob.double(), confidence.double())
+    )
     verdicts = []
     for row, (evaluation, values) in enumerate(zip(evaluations, numbers.T.tolist(), strict=True)):
         token, adjusted, argmax, log_probability, certain = values

@@ -84,7 +84,10 @@ class SegmentRunner:
             self.pool.write(plane, tensors.cells[part], keys, values)
             attended = attention.forward(part, plane, queries[:full])
             if final and number == length - 1:
-                hidden, attended = hidden.index_select(0, tensors.evaluated), attended.index_select(0, tensors.evaluated)
+                hidden, attended = (
+                    hidden.index_select(0, tensors.evaluated),
+                    attended.index_select(0, tensors.evaluated),
+                )
             before, hidden = hidden, decoder.finish_layer(layer, hidden, attended)
         return before, hidden
 

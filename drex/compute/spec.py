@@ -52,11 +52,15 @@ class ModelSpec:
             ValueError: no such model, or one that is not supported, by name.
         """
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} is not a model: it has no config.json; name a Hugging Face model folder or hub id")
+            raise ValueError(
+                f"{folder} is not a model: it has no config.json; name a Hugging Face model folder or hub id"
+            )
         try:
             raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{folder / 'config.json'} is not readable as JSON ({error}): fetch the model again") from error
+            raise ValueError(
+                f"{folder / 'config.json'} is not readable as JSON ({error}): fetch the model again"
+            ) from error
         model_type = raw.get("model_type") if isinstance(raw, dict) else None
         if model_type not in SUPPORTED:
             raise ValueError(f"model type {model_type!r} is not supported: drex runs {', '.join(SUPPORTED)}")

@@ -44,7 +44,9 @@ class TensorFiles:
             return [folder / name for name in sorted(set(index["weight_map"].values()))]
         if (folder / "model.safetensors").is_file():
             return [folder / "model.safetensors"]
-        raise ValueError(f"{folder} has no model.safetensors: convert the weights, as with save_pretrained of transformers")
+        raise ValueError(
+            f"{folder} has no model.safetensors: convert the weights, as with save_pretrained of transformers"
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of

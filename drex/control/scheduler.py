@@ -54,15 +54,19 @@ class Scheduler:
 
     # Requests come and go
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises ValueError for one that could never fit."""
+    def check_fits(self, request: Request) -> None:
+        """Raise ValueError for a request that could never be served, alone in the pool."""
         # The last token is never run, so it needs no K/V.
         length = len(request.prompt) + request.max_tokens - 1
         if length * sum(self.layout.lengths) > self.pool.capacity:
             raise ValueError(
-                f"prompt ({len(request.prompt)}) and max_tokens ({request.max_tokens}) need K/V for {length} tokens and the "
-                f"pool holds {self.config.kv_cache_tokens}: shorten one of them, or raise kv_cache_tokens"
+                f"prompt ({len(request.prompt)}) and max_tokens ({request.max_tokens}) need K/V for {length} tokens "
+                f"and the pool holds {self.config.kv_cache_tokens}: shorten one of them, or raise kv_cache_tokens"
             )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError for one that could never fit."""
+        self.check_fits(request)
         assert request.request_id not in self._requests
         self._requests[request.request_id] = request
         bisect.insort(self.waiting, request, key=_urgency)
@@ -198,10 +202,7 @@ class Scheduler:
 
     def _spans(self, segment: int) -> tuple[Span, ...]:
         idle = [request for request in self.running if not request.in_pass]
-        if segment == 0:
-            chosen = list(self._shallow(idle))
-        else:
-            chosen = list(self._deep(segment, idle))
+        chosen = list(self._shallow(idle) if segment == 0 else self._deep(segment, idle))
         return tuple(self._span(request, segment, count) for request, count in chosen)
 
     def _deep(self, segment: int, idle: list[Request]) -> Iterator[tuple[Request, int]]:
@@ -273,9 +274,7 @@ class Scheduler:
             arena = self._arena_rows(request, positions)
             if runs.all():
                 return Rows(numbers, arena, cells, visible), _no_rows(len(cells))
-            full, fill = (
-                Rows(numbers[keep], arena[keep], cells[:, keep], visible[keep]) for keep in (runs, ~runs)
-            )
+            full, fill = (Rows(numbers[keep], arena[keep], cells[:, keep], visible[keep]) for keep in (runs, ~runs))
             return full, fill
         return self._place_skipping(request, segment, positions, table), _no_rows(table.cells.shape[0])
 
@@ -421,10 +420,10 @@ class Scheduler:
             request.frontiers[segment] = position
 
     def _enter_buffer(self, request: Request) -> None:
+        """A live row that has come to a boundary waits there, but for a request's first token."""
         segment = request.live_segment
         if segment and request.num_output and request.request_id not in self.buffers[segment]:
-            if request.frontiers[segment - 1] == len(request.tokens):
-                self.buffers[segment].add(request.request_id, self.passes)
+            self.buffers[segment].add(request.request_id, self.passes)
 
     # Checks
 
@@ -445,7 +444,8 @@ class Scheduler:
                 assert held * self.layout.layers_per_cell == executed
         if not self.running:
             assert self.pool.in_use == self.pool.claimed == 0
-            assert not any(self.buffers) and self.arena.free == self.arena.capacity
+            assert not any(self.buffers)
+            assert self.arena.free == self.arena.capacity
 
 
 def _urgency(request: Request) -> tuple[int, int]:

@@ -13,7 +13,7 @@ Invariants: a cell is free or in exactly one table; `claimed` covers what admitt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,9 +126,7 @@ class SlotPool:
     def open(self, request_id: str, room: int) -> tuple[SegmentTable, ...]:
         """Give a request its tables, with stretches of the pool where `room` positions could lie in one run."""
         assert request_id not in self._tables
-        tables = tuple(
-            SegmentTable(self.layout.parts(segment), room) for segment in range(len(self.layout.lengths))
-        )
+        tables = tuple(SegmentTable(self.layout.parts(segment), room) for segment in range(len(self.layout.lengths)))
         for table in tables:
             for _ in range(table.cells.shape[0]):
                 start = self._find_stretch(room)
@@ -150,9 +148,7 @@ class SlotPool:
 
     def extend(self, table: SegmentTable, positions: int) -> IntArray:
         """Take cells for `positions` more entries and append them. Returns (parts, positions)."""
-        cells = np.stack(
-            [self._take(table, part, positions) for part in range(table.cells.shape[0])]
-        )
+        cells = np.stack([self._take(table, part, positions) for part in range(table.cells.shape[0])])
         table.append(cells)
         return cells
 
@@ -186,7 +182,7 @@ class SlotPool:
         return int(edges[starts[0]]) + 1 if len(starts) else -1
 
     def check_integrity(self, holders: Iterable[str] = ()) -> None:
-        """Raise AssertionError unless free cells and tables account for every cell once, and only `holders` hold any."""
+        """Raise AssertionError unless each cell is free or in one table, and just the `holders` have tables."""
         seen = np.zeros(self.num_cells, dtype=np.int64)
         for tables in self._tables.values():
             for table in tables:
@@ -195,8 +191,3 @@ class SlotPool:
         assert self._cells_in_use == int(seen.sum())
         assert self.in_use <= self.claimed <= self.capacity
         assert set(self._tables) == set(holders), "a request holds tables that it should not, or has none"
-
-
-def slots_for(layout: SlotLayout, segments: Sequence[int]) -> int:
-    """Slots that one token takes at these segments."""
-    return sum(layout.lengths[segment] for segment in segments)

@@ -22,7 +22,6 @@ class _Sample:
     request: Request
     detokenizer: Detokenizer
     tokens: list[TokenOutput] = field(default_factory=list)
-    error: str | None = None
 
 
 @dataclass
@@ -108,7 +107,8 @@ class Engine:
             if rest and fresh:
                 fresh[-1] = fresh[-1]._replace(text=fresh[-1].text + rest)
         sample.tokens.extend(fresh)
-        chunk = Chunk(request.sample, sample.detokenizer.show(reason is not None), tuple(fresh), reason)
+        said = None if error is None else f"{type(error).__name__}: {error}"
+        chunk = Chunk(request.sample, sample.detokenizer.show(reason is not None), tuple(fresh), reason, said)
         if reason is None:
             return request.request_id, chunk, None
         del self._samples[request.request_id]
@@ -118,7 +118,7 @@ class Engine:
             tokens=tuple(sample.tokens),
             finish_reason=reason,
             stop_reason=request.stop_reason,
-            error=None if error is None else f"{type(error).__name__}: {error}",
+            error=said,
         )
         return request.request_id, chunk, done
 

@@ -28,7 +28,7 @@ def exit_loss_weights(
         if weights is None:
             weights = [EE_LLM_WEIGHTS[min(i, 1)] for i in range(len(exits))]
         if len(weights) != len(exits) or any(w < 0 for w in weights):
-            raise ValueError(f"exit weights {list(weights)}: give one non-negative weight for each of {len(exits)} exits")
+            raise ValueError(f"exit weights {list(weights)}: give one weight from 0 on for each of {len(exits)} exits")
         return [*weights, 1.0]
     if scheme == "layerskip":
         if weights is not None:

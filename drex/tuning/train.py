@@ -172,8 +172,8 @@ def train(
     test_blocks = Blocks(tokenize(held_out, tokenizer), config.sequence_length)
     if not len(train_blocks) or not len(test_blocks):
         raise ValueError(
-            f"too little text: {len(train_blocks.ids)} training and {len(test_blocks.ids)} held-out tokens, and a block "
-            f"takes {config.sequence_length}; add documents or raise held_out_share"
+            f"too little text: {len(train_blocks.ids)} training and {len(test_blocks.ids)} held-out tokens, and a "
+            f"block takes {config.sequence_length}; add documents or raise held_out_share"
         )
     torch.manual_seed(config.seed)
     eos = tokenizer.eos_token_id
@@ -361,7 +361,8 @@ def _plot(log: Path, picture: Path) -> None:
     axes = figure.add_subplot()
     for key in sorted({key for record in records for key in record} - {"step", "tokens"}):
         points = [(record["tokens"] / 1e6, record[key]) for record in records if key in record]
-        axes.plot(*zip(*points, strict=True), label="final" if key == "loss" else key.replace("_", " after layer "), lw=0.8)
+        label = "final" if key == "loss" else key.replace("_", " after layer ")
+        axes.plot(*zip(*points, strict=True), label=label, lw=0.8)
     axes.set(xlabel="tokens seen (millions)", ylabel="training loss (nats a token)", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()

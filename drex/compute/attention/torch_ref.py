@@ -30,7 +30,7 @@ class TorchAttention:
         self._gathers: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         device = pool.keys.device
         start = 0
-        for number, span in enumerate(spans):
+        for span in spans:
             if not len(span.full):
                 continue
             stop = start + len(span.full)

@@ -1,0 +1,268 @@
+"""`drex generate`: text from one or many prompts, coloured by exit depth on a terminal, or as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from drex.cli.common import (
+    CriterionOption,
+    DeviceOption,
+    DtypeOption,
+    ExitsOption,
+    KvFillOption,
+    ModelOption,
+    PolicyOption,
+    ThresholdsOption,
+    early_exit_from,
+)
+from drex.outputs import ExitStats, TokenOutput
+from drex.request import SamplingParams
+
+DEPTH_COLOURS = ("green", "yellow", "cyan", "magenta", "blue")
+"""Of the exits, first to last; tokens of full depth keep the terminal's own colour."""
+
+
+@dataclass
+class Job:
+    """One prompt and what has come of it; `error` is why it can't be served."""
+
+    prompt: str | list[int]
+    prompt_tokens: int = 0
+    error: str | None = None
+    text: str = ""
+    tokens: list[TokenOutput] = field(default_factory=list)
+    finish_reason: str | None = None
+    seconds: float = 0.0
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - or none reads standard input.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read one prompt from a text file.")] = None,
+    jsonl: Annotated[
+        Path | None, typer.Option(help='Read many prompts: one object a line, its "prompt" text or token ids.')
+    ] = None,
+    model: ModelOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling noise.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given several times.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end token.")] = False,
+    exits: ExitsOption = None,
+    thresholds: ThresholdsOption = None,
+    criterion: CriterionOption = None,
+    kv_fill: KvFillOption = None,
+    full_depth: Annotated[bool, typer.Option("--full-depth", help="No early exit.")] = False,
+    policy: PolicyOption = "drex",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    max_num_seqs: Annotated[int, typer.Option(help="Requests in flight.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line and prompt.")] = False,
+) -> None:
+    """Generate text with early exit; by default with the bundled model."""
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+        ignore_eos=ignore_eos,
+    )
+    early_exit = early_exit_from(exits, thresholds, criterion, kv_fill, full_depth)
+    jobs = _read_jobs(prompt, file, jsonl)
+    from drex.llm import LLM
+
+    llm = LLM(model, early_exit=early_exit, dtype=dtype, device=device, policy=policy, max_num_seqs=max_num_seqs)
+    layers = llm.model.decoder.spec.num_layers
+    for job in jobs:
+        if job.error is None:
+            try:
+                job.prompt_tokens = len(llm.check(job.prompt, params))
+            except ValueError as error:
+                job.error = str(error)
+    started = time.perf_counter()
+    writer = _JsonWriter(layers) if as_json else _TextWriter(llm.model.exits.layers, single=len(jobs) == 1)
+    _serve(llm, jobs, params, writer)
+    if not as_json:
+        _summary(jobs, time.perf_counter() - started, layers)
+    if any(job.error is not None for job in jobs):
+        raise typer.Exit(2)
+
+
+def _serve(llm: Any, jobs: list[Job], params: SamplingParams, writer: _JsonWriter | _TextWriter) -> None:
+    """Run what can be served; everything is written in the order of the prompts."""
+    good = [job for job in jobs if job.error is None]
+    ahead = iter(jobs)
+    current = next(ahead, None)
+    started = time.perf_counter()
+    for chunk in llm.stream([job.prompt for job in good], params) if good else ():
+        job = good[chunk.prompt_index]
+        job.text += chunk.text
+        job.tokens.extend(chunk.tokens)
+        job.finish_reason, job.error = chunk.finish_reason, chunk.error
+        job.seconds = time.perf_counter() - started
+        if job is current:
+            writer.progress(job)
+        while current is not None and (current.error is not None or current.finish_reason is not None):
+            writer.finish(current)
+            current = next(ahead, None)
+    while current is not None:
+        writer.finish(current)
+        current = next(ahead, None)
+
+
+def _read_jobs(prompt: str | None, file: Path | None, jsonl: Path | None) -> list[Job]:
+    if sum(source is not None for source in (prompt, file, jsonl)) > 1:
+        raise ValueError("several prompts: give a prompt, --file or --jsonl, one of them")
+    try:
+        if jsonl is not None:
+            return _read_jsonl(jsonl)
+        if file is not None:
+            return [Job(file.read_text(encoding="utf-8"))]
+    except OSError as error:
+        raise ValueError(f"cannot read {jsonl or file} ({error.strerror}): name a file that is there") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{jsonl or file} is not UTF-8 text ({error.reason}): convert it") from error
+    if prompt is not None and prompt != "-":
+        return [Job(prompt)]
+    if sys.stdin.isatty() and prompt is None:
+        raise ValueError('no prompt: give one, as in drex generate "def main():", or --file, --jsonl or standard input')
+    return [Job(sys.stdin.read())]
+
+
+def _read_jsonl(path: Path) -> list[Job]:
+    jobs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            jobs.append(Job(json.loads(line)["prompt"]))
+        except (ValueError, KeyError, TypeError):
+            jobs.append(Job("", error=f'{path}, line {number}: expected an object with a "prompt"'))
+            continue
+        if not isinstance(jobs[-1].prompt, str | list):
+            jobs[-1].error = f'{path}, line {number}: "prompt" must be text or a list of token ids'
+    if not jobs:
+        raise ValueError(f"{path} holds no prompts: put one JSON object with a prompt on each line")
+    return jobs
+
+
+class _JsonWriter:
+    """One object a prompt."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+
+    def progress(self, job: Job) -> None:
+        """JSON is written when a prompt is done."""
+
+    def finish(self, job: Job) -> None:
+        sys.stdout.write(json.dumps(self._object(job)) + "\n")
+        sys.stdout.flush()
+
+    def _object(self, job: Job) -> dict[str, Any]:
+        if job.error is not None:
+            return {"prompt": job.prompt, "error": job.error}
+        stats = ExitStats.of(job.tokens, self._num_layers)
+        return {
+            "prompt": job.prompt,
+            "text": job.text,
+            "finish_reason": job.finish_reason,
+            "tokens": [
+                {
+                    "id": token.id,
+                    "text": token.text,
+                    "logprob": token.logprob,
+                    "exit_layer": token.exit_layer,
+                    "confidence": token.confidence,
+                }
+                for token in job.tokens
+            ],
+            "usage": {
+                "prompt_tokens": job.prompt_tokens,
+                "completion_tokens": stats.tokens,
+                "mean_depth": stats.mean_depth,
+                "exits": {str(layer): count for layer, count in stats.exits.items()},
+                "involuntary_exits": stats.involuntary_exits,
+                "involuntary_stays": stats.involuntary_stays,
+                "tokens_per_s": stats.tokens / job.seconds if job.seconds else 0.0,
+            },
+        }
+
+
+class _TextWriter:
+    """The text as it comes, coloured by exit depth on a terminal; several prompts one after the other."""
+
+    def __init__(self, exits: Sequence[int], single: bool) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._colours = {layer: DEPTH_COLOURS[min(i, len(DEPTH_COLOURS) - 1)] for i, layer in enumerate(exits)}
+        self._single = single
+        self._shown = 0
+        self._tokens = 0
+        self._begun = False
+
+    def progress(self, job: Job) -> None:
+        self._begin(job)
+        while self._tokens < len(job.tokens) and self._shown < len(job.text):
+            token = job.tokens[self._tokens]
+            # The text may end before the token does: a stop string was cut, or may be on its way.
+            piece = job.text[self._shown : self._shown + len(token.text)]
+            self._write(piece, self._colours.get(token.exit_layer))
+            self._shown += len(piece)
+            self._tokens += 1
+            if len(piece) < len(token.text):
+                break
+
+    def finish(self, job: Job) -> None:
+        self._begin(job)
+        if job.error is not None:
+            sys.stderr.write(f"drex: {job.error}\n")
+        else:
+            self.progress(job)
+            self._write(job.text[self._shown :] + "\n", None)
+        self._shown = self._tokens = 0
+        self._begun = False
+
+    def _begin(self, job: Job) -> None:
+        if self._begun:
+            return
+        self._begun = True
+        if not self._single:
+            self._write(f"--- {str(job.prompt)[:70]!r}\n", "bright_black")
+        elif isinstance(job.prompt, str) and self._console.is_terminal:
+            self._write(job.prompt, "bright_black")
+
+    def _write(self, text: str, colour: str | None) -> None:
+        self._console.print(Text(text, style=Style(color=colour)), end="")
+
+
+def _summary(jobs: list[Job], seconds: float, num_layers: int) -> None:
+    tokens = [token for job in jobs for token in job.tokens]
+    stats = ExitStats.of(tokens, num_layers)
+    if not stats.tokens:
+        return
+    shares = ", ".join(
+        f"{count / stats.tokens:.0%} {'at full depth' if layer == num_layers else f'after layer {layer}'}"
+        for layer, count in stats.exits.items()
+    )
+    sys.stderr.write(
+        f"\n{stats.tokens} tokens, {stats.tokens / seconds:.1f} tokens/s, mean depth {stats.mean_depth:.1f} of "
+        f"{num_layers} layers ({shares}), involuntary exits {stats.involuntary_exits}\n"
+    )

@@ -1,0 +1,104 @@
+"""`drex info`: what a model is to drex: segments, exits, sizes, and memory for K/V."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from drex.cli.common import (
+    CriterionOption,
+    DtypeOption,
+    ExitsOption,
+    KvFillOption,
+    ThresholdsOption,
+    early_exit_from,
+)
+
+MEBIBYTE = 2**20
+
+
+def info(
+    model: Annotated[str | None, typer.Argument(help="Hugging Face folder or hub id; none: the bundled model.")] = None,
+    exits: ExitsOption = None,
+    thresholds: ThresholdsOption = None,
+    criterion: CriterionOption = None,
+    kv_fill: KvFillOption = None,
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show a model's segments, exits, sizes and K/V memory."""
+    from drex.compute.load import load_model
+
+    loaded = load_model(model, early_exit_from(exits, thresholds, criterion, kv_fill, False), dtype, "cpu")
+    facts = describe(loaded)
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        _print(facts)
+
+
+def describe(loaded: Any) -> dict[str, Any]:
+    """The facts as JSON-ready values; sizes in bytes."""
+    spec, decoder, plan = loaded.decoder.spec, loaded.decoder, loaded.exits
+    slot = spec.kv_values_per_slot * decoder.embedding.element_size()
+    edges = [0, *plan.layers, spec.num_layers]
+    segments: list[dict[str, Any]] = []
+    for number, (first, last) in enumerate(pairwise(edges)):
+        entry: dict[str, Any] = {"layers": [first + 1, last], "kv_bytes_per_token": slot * (last - first)}
+        if number < len(plan.exits):
+            entry |= {"head": plan.exits[number].head, "threshold": plan.rule.thresholds[number]}
+        else:
+            entry |= {"head": "final", "threshold": None}
+        segments.append(entry)
+    heads = sum(p.numel() * p.element_size() for head, _ in loaded.heads for p in head.parameters())
+    return {
+        "model": str(loaded.folder.name),
+        "type": spec.model_type,
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "heads": spec.num_heads,
+        "kv_heads": spec.num_kv_heads,
+        "vocab_size": spec.vocab_size,
+        "max_model_len": spec.max_length,
+        "parameters": decoder.weight_bytes // decoder.embedding.element_size(),
+        "weight_bytes": decoder.weight_bytes,
+        "exit_head_bytes": heads,
+        "criterion": plan.rule.criterion,
+        "kv_fill": plan.kv_fill,
+        "segments": segments,
+        "kv_bytes_per_token": slot * spec.num_layers,
+        "kv_bytes_per_request": slot * spec.num_layers * spec.max_length,
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    console = Console()
+    console.print(
+        f"[bold]{facts['model']}[/bold]: {facts['type']}, {facts['parameters'] / 1e6:.1f} M parameters, "
+        f"{facts['layers']} layers, hidden {facts['hidden_size']}, {facts['heads']} heads "
+        f"({facts['kv_heads']} for K/V), vocabulary {facts['vocab_size']}"
+    )
+    console.print(
+        f"weights {facts['weight_bytes'] / MEBIBYTE:.1f} MiB in {facts['dtype']}, exit heads "
+        f"{facts['exit_head_bytes'] / MEBIBYTE:.2f} MiB; K/V {facts['kv_bytes_per_token'] / 1024:.1f} KiB a token, "
+        f"{facts['kv_bytes_per_request'] / MEBIBYTE:.1f} MiB a request of {facts['max_model_len']} tokens"
+    )
+    if len(facts["segments"]) > 1:
+        console.print(f"criterion {facts['criterion']}, K/V of skipped layers: {facts['kv_fill']}")
+    table = Table("segment", "layers", "head at its end", "threshold", "K/V a token")
+    for number, segment in enumerate(facts["segments"]):
+        threshold = segment["threshold"]
+        table.add_row(
+            str(number),
+            "{}-{}".format(*segment["layers"]),
+            segment["head"],
+            "-" if threshold is None else f"{threshold:g}",
+            f"{segment['kv_bytes_per_token'] / 1024:.1f} KiB",
+        )
+    console.print(table)
