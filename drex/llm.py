@@ -146,7 +146,7 @@ class LLM:
         except Exception as error:  # the template is a program of the model's author: it may raise anything
             raise ValueError(f"the chat template does not take these messages: {error}") from error
         assert isinstance(ids, list)
-        return ids
+        return [int(token) for token in ids]  # type: ignore[arg-type]
 
     def stream(
         self,

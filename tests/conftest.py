@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from drex.tuning.corpus import Document, train_tokenizer
 
 torch.set_num_threads(1)
 
@@ -51,3 +62,46 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder for each supported family."""
     root = tmp_path_factory.mktemp("models")
     return {name: make_model(config, root / name) for name, config in CONFIGS.items()}
+
+
+@pytest.fixture(scope="session")
+def plain_model() -> Callable[..., Any]:
+    """A function (folder, dtype) -> the model as transformers loads it."""
+
+    @functools.cache
+    def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def plain_logprobs(plain_model: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    """A function (folder, token ids) -> (tokens, vocab) log-probabilities, as transformers computes them."""
+
+    @torch.inference_mode()
+    def logprobs(folder: Path, ids: Sequence[int]) -> torch.Tensor:
+        logits: torch.Tensor = plain_model(folder)(torch.tensor([list(ids)])).logits[0]
+        return logits.log_softmax(-1)
+
+    return logprobs
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, with a few English merges, so that characters outside of ASCII take several tokens."""
+    made = train_tokenizer([Document("text", "the cat sat on the mat; the dog sat on the log. " * 20)], vocab_size=270)
+    made.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return made
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A random Llama with the tokeniser beside it; token 0 ends text."""
+    sizes = {**COMMON, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    folder = make_model(LlamaConfig(**sizes), tmp_path_factory.mktemp("text_model"), seed=1)
+    tokenizer.save_pretrained(folder)
+    return folder

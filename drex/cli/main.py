@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from drex.cli.evaluate import evaluate
 from drex.cli.generate import generate
 from drex.cli.info import info
 from drex.cli.train import train
@@ -15,6 +16,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(generate)
 app.command()(info)
 app.command()(train)
+app.command()(evaluate)
 
 
 @app.callback()

@@ -47,7 +47,7 @@ def train(
     from transformers import AutoTokenizer
 
     from drex.compute.device import has_fast_bfloat16
-    from drex.tuning.corpus import read_documents, split_held_out, standard_library, train_tokenizer
+    from drex.tuning.corpus import read_documents, standard_library
     from drex.tuning.train import TrainConfig
     from drex.tuning.train import train as run
 
@@ -76,9 +76,6 @@ def train(
         seed=seed,
     )
     documents = standard_library() if stdlib else read_documents(text or ())
-    if tokenizer is not None:
-        made = AutoTokenizer.from_pretrained(tokenizer)
-    else:
-        made = train_tokenizer(split_held_out(documents, config.held_out_share)[0], vocab_size)
-    report = run(documents, made, out, config, resume=resume, device=device)
+    given = vocab_size if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+    report = run(documents, given, out, config, resume=resume, device=device)
     typer.echo(json.dumps({"tokens": report.tokens, "epochs": report.epochs, "held_out_loss": report.held_out_loss}))

@@ -72,7 +72,7 @@ class Decoder:
 
     def rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
         """(cos, sin) for positions 0 … length - 1, each (length, head_dim / 2), as transformers computes them."""
-        rotary = LlamaRotaryEmbedding(config=self.spec.config)
+        rotary = LlamaRotaryEmbedding(config=self.spec.config)  # type: ignore[arg-type]
         inv_freq = rotary.inv_freq.float().to(self.device)
         angles = torch.arange(length, device=self.device, dtype=torch.float32)[:, None] * inv_freq[None]
         scaling = float(rotary.attention_scaling)

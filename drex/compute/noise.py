@@ -43,7 +43,8 @@ def gumbel(keys: list[int], vocab_size: int, device: torch.device) -> Tensor:
     for shift, factor in MIX:
         state = (state ^ _shift_right(state, shift)) * _signed(factor)
     u = (_shift_right(state, 11).double() + 0.5) / 2**53
-    return -torch.log(-torch.log(u))
+    out: Tensor = -torch.log(-torch.log(u))
+    return out
 
 
 def _signed(value: int) -> int:

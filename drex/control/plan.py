@@ -17,14 +17,16 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """K/V entries that lie in consecutive cells, in order of position."""
 
     start: int
     count: int
 
 
-class Scattered(NamedTuple):
+@dataclass(frozen=True)
+class Scattered:
     """K/V entries anywhere: cells in order of position, or, where `aliased`, slots of the exit layer."""
 
     entries: IntArray

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from drex.checkpoint import EXIT_WEIGHTS_FILE, EarlyExitFile, ExitSpec, write_early_exit
 from drex.compute.heads import ExitHead
-from drex.tuning.corpus import Blocks, Document, split_held_out, tokenize
+from drex.tuning.corpus import Blocks, Document, split_held_out, tokenize, train_tokenizer
 from drex.tuning.losses import exit_loss_weights
 from drex.tuning.optim import Muon
 
@@ -143,7 +143,7 @@ class TrainReport:
 
 def train(
     documents: Sequence[Document],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | int,
     out: str | Path,
     config: TrainConfig | None = None,
     *,
@@ -155,7 +155,7 @@ def train(
 
     Args:
         documents: training text; a share of it, chosen by document name, is held out.
-        tokenizer: with an end-of-text token.
+        tokenizer: with an end-of-text token, or the vocabulary size of one to train on the text.
         out: folder to write; must be new or empty unless `resume`.
         config: the recipe.
         resume: go on from the checkpoint in `out`.
@@ -168,6 +168,12 @@ def train(
     config = config or TrainConfig()
     folder = _prepare(Path(out), resume)
     training, held_out = split_held_out(documents, config.held_out_share)
+    if resume:
+        tokenizer = AutoTokenizer.from_pretrained(out)
+    elif isinstance(tokenizer, int):
+        tokenizer = train_tokenizer(training, tokenizer)
+    assert not isinstance(tokenizer, int)
+    tokenizer.save_pretrained(out)
     train_blocks = Blocks(tokenize(training, tokenizer), config.sequence_length)
     test_blocks = Blocks(tokenize(held_out, tokenizer), config.sequence_length)
     if not len(train_blocks) or not len(test_blocks):
@@ -190,7 +196,7 @@ def train(
         held_out_loss=held_out_loss,
         hours=run.seconds / 3600,
     )
-    _write_checkpoint(run.model, tokenizer, Path(out), config.exit_head)
+    _write_checkpoint(run.model, Path(out), config.exit_head)
     (folder / "report.json").write_text(json.dumps({**asdict(report), "config": asdict(config)}, indent=2) + "\n")
     _plot(folder / "log.jsonl", folder / "loss.png")
     return report
@@ -264,7 +270,7 @@ class _Run:
             scale = len(exits) / len(active)
             weights = [self.weights[i] * scale for i in active] + [self.weights[-1]]
             total = torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum()
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             for i, loss in zip([*active, len(exits)], losses, strict=True):
                 totals[i] += loss.item()
                 counts[i] += 1
@@ -333,11 +339,10 @@ class _Run:
         log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[: self.step]))
 
 
-def _write_checkpoint(model: EarlyExitModel, tokenizer: PreTrainedTokenizerBase, out: Path, head: str) -> None:
-    model.hf.to(torch.bfloat16)
+def _write_checkpoint(model: EarlyExitModel, out: Path, head: str) -> None:
+    model.to(torch.bfloat16)
     model.hf.config.use_cache = True
     model.hf.save_pretrained(out)
-    tokenizer.save_pretrained(out)
     weights = {
         f"exits.{layer}.{name}": tensor.to(torch.bfloat16).contiguous()
         for layer, exit_head in zip(model.exits, model.heads, strict=True)

@@ -1,0 +1,74 @@
+"""`drex evaluate`: held-out loss, agreement and exit rates by threshold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from drex.cli.common import CriterionOption, DtypeOption, ExitsOption, KvFillOption, parse_floats, parse_ints
+from drex.config import EarlyExit
+
+
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help="Hugging Face folder or hub id; none: the bundled model.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Text to score; may be given several times.")] = None,
+    stdlib: Annotated[
+        bool, typer.Option("--stdlib", help="The part of the standard library that drex train holds out.")
+    ] = False,
+    thresholds: Annotated[str, typer.Option(help="Thresholds to measure, each for all exits.")] = "0.3,0.5,0.7,0.9",
+    exits: ExitsOption = None,
+    criterion: CriterionOption = None,
+    kv_fill: KvFillOption = None,
+    dtype: DtypeOption = "auto",
+    tokens: Annotated[int, typer.Option(help="About how many tokens to score.")] = 32768,
+    held_out_share: Annotated[float, typer.Option(help="Of --stdlib, as in training.")] = 0.02,
+    set_within: Annotated[
+        float | None,
+        typer.Option(help="Write the lowest threshold with a loss within this share of full depth to early_exit.json."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Measure what early exit costs in quality, teacher-forced, at several thresholds."""
+    from drex.llm import LLM
+    from drex.tuning.corpus import read_documents, split_held_out, standard_library
+    from drex.tuning.evaluate import evaluate as run
+    from drex.tuning.evaluate import held_out_blocks, set_threshold
+
+    if bool(text) == stdlib:
+        raise ValueError("name the text to score: either --text PATH or --stdlib")
+    grid = parse_floats(thresholds, "--thresholds")
+    settings = EarlyExit(
+        layers=None if exits is None else parse_ints(exits, "--exits"),
+        thresholds=grid[0],
+        criterion=criterion,
+        kv_fill=kv_fill,
+    )
+    llm = LLM(model, early_exit=settings, dtype=dtype)
+    documents = split_held_out(standard_library(), held_out_share)[1] if stdlib else read_documents(text or ())
+    measured = run(llm, held_out_blocks(llm, documents, tokens), grid)
+    if as_json:
+        typer.echo(json.dumps([asdict(quality) for quality in measured]))
+    else:
+        table = Table(
+            "threshold", "loss (nats)", "vs full", "same argmax", "exit early", "mean depth", "share by layer"
+        )
+        for quality in measured:
+            table.add_row(
+                "full depth" if quality.threshold is None else f"{quality.threshold:g}",
+                f"{quality.loss:.4f}",
+                f"{quality.loss_ratio - 1:+.2%}",
+                f"{quality.agreement:.3f}",
+                f"{quality.exit_share:.1%}",
+                f"{quality.mean_depth:.2f}",
+                ", ".join(f"{layer}: {share:.1%}" for layer, share in quality.exits.items()),
+            )
+        Console().print(table)
+    if set_within is not None:
+        best = set_threshold(llm.model.folder, llm.model.decoder.spec.num_layers, measured, set_within)
+        typer.echo(f"wrote threshold {best.threshold:g} to early_exit.json", err=True)

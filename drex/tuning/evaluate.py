@@ -1,0 +1,104 @@
+"""Teacher-forced quality of an early-exit model by threshold: what `drex evaluate` measures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from drex.checkpoint import read_early_exit, write_early_exit
+from drex.config import EarlyExit
+from drex.llm import LLM
+from drex.outputs import Scored
+from drex.tuning.corpus import Blocks, Document, tokenize
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Held-out measurements at one threshold (None: full depth).
+
+    Attributes:
+        loss: nats a token.
+        loss_ratio: loss over that of full depth.
+        agreement: share of positions whose most likely token is full depth's.
+        exit_share: share of positions that exited before the last layer.
+        mean_depth: layers a position.
+        exits: share of positions by layers executed.
+    """
+
+    threshold: float | None
+    loss: float
+    loss_ratio: float
+    agreement: float
+    exit_share: float
+    mean_depth: float
+    exits: dict[int, float]
+
+
+def held_out_blocks(llm: LLM, documents: Sequence[Document], tokens: int) -> list[list[int]]:
+    """Sequences of at most `max_model_len` tokens, about `tokens` in all, spread evenly over `documents`."""
+    if llm.tokenizer is None:
+        raise ValueError("the model has no tokeniser: evaluation starts from text")
+    blocks = Blocks(tokenize(list(documents), llm.tokenizer), llm.config.max_model_len - 1)
+    if not len(blocks):
+        raise ValueError(f"too little text: less than {blocks.length} tokens; give more documents")
+    count = min(len(blocks), max(1, tokens // blocks.length))
+    numbers = [i * len(blocks) // count for i in range(count)]
+    return [[int(token) for token in block] for block in blocks.batch(numbers)]
+
+
+def evaluate(llm: LLM, sequences: Sequence[Sequence[int]], thresholds: Iterable[float]) -> list[Quality]:
+    """Score `sequences` at full depth, then at each threshold under the fill that the engine serves.
+
+    Args:
+        llm: an engine with exit points.
+        sequences: token ids, each of at least 2.
+        thresholds: one for all exits at a time.
+
+    Returns:
+        Full depth first, then in the order of `thresholds`.
+    """
+    layers = llm.model.decoder.spec.num_layers
+    full = llm.score(sequences)
+    out = [_quality(None, full, full, layers)]
+    for threshold in thresholds:
+        out.append(_quality(threshold, llm.score(sequences, early_exit=EarlyExit(thresholds=threshold)), full, layers))
+    return out
+
+
+def _quality(threshold: float | None, scored: Sequence[Scored], full: Sequence[Scored], layers: int) -> Quality:
+    depths = Counter(layer for each in scored for layer in each.exit_layers)
+    total = sum(depths.values())
+    loss = -sum(sum(each.logprobs) for each in scored) / total
+    full_loss = -sum(sum(each.logprobs) for each in full) / total
+    same = sum(
+        a == b for ours, theirs in zip(scored, full, strict=True) for a, b in zip(ours.best, theirs.best, strict=True)
+    )
+    return Quality(
+        threshold=threshold,
+        loss=loss,
+        loss_ratio=loss / full_loss,
+        agreement=same / total,
+        exit_share=1 - depths[layers] / total,
+        mean_depth=sum(layer * count for layer, count in depths.items()) / total,
+        exits={layer: depths[layer] / total for layer in sorted(depths)},
+    )
+
+
+def set_threshold(folder: Path, num_layers: int, measured: Sequence[Quality], within: float) -> Quality:
+    """Write the lowest measured threshold whose loss is within `within` (a share) of full depth to early_exit.json.
+
+    Raises:
+        ValueError: no threshold is that good, or the folder has no early_exit.json.
+    """
+    good = [q for q in measured if q.threshold is not None and q.loss_ratio <= 1 + within]
+    if not good:
+        raise ValueError(f"no threshold keeps the loss within {within:.1%} of full depth: measure higher thresholds")
+    best = min(good, key=lambda q: q.threshold or 0.0)
+    assert best.threshold is not None
+    facts = read_early_exit(folder, num_layers)
+    if facts is None:
+        raise ValueError(f"{folder} has no early_exit.json to write the threshold to")
+    write_early_exit(folder, replace(facts, thresholds=(best.threshold,) * len(facts.exits)))
+    return best

@@ -1,0 +1,222 @@
+"""The scheduler with made-up verdicts in place of a model. No torch in this folder."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drex.config import EngineConfig, ExitRule
+from drex.control.plan import Evaluation, Pass, PassResult, Verdict
+from drex.control.scheduler import Scheduler
+from drex.control.slots import SlotLayout
+from drex.request import FinishReason, Request, SamplingParams
+
+
+def request(number: int, prompt: int, max_tokens: int, segments: int, priority: int = 0) -> Request:
+    rule = ExitRule("max_prob", (0.5,) * (segments - 1))
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    return Request(
+        f"r{number}",
+        tuple(range(2, 2 + prompt)),
+        params,
+        rule,
+        0,
+        frozenset(),
+        segments,
+        arrival=number,
+        priority=priority,
+    )
+
+
+@dataclass
+class Machine:
+    """Answers passes: each check exits with a probability that is a function of request position and segment only."""
+
+    exit_rate: float
+
+    def execute(self, batch: Pass) -> PassResult:
+        return PassResult(
+            tuple(
+                tuple(self.verdict(span.request_id, batch.segment, e) for e in span.evaluations) for span in batch.spans
+            )
+        )
+
+    def verdict(self, name: str, segment: int, evaluation: Evaluation) -> Verdict:
+        drawn = random.Random(f"{name}/{evaluation.position}/{segment}").random()
+        exits = evaluation.threshold is not None and drawn < self.exit_rate
+        confidence = 0.75 if exits else 0.25
+        return Verdict(5, -1.0, confidence, exits, (5, 1), ())
+
+
+def drain(scheduler: Scheduler, machine: Machine) -> dict[str, int]:
+    """Run until nothing is left. Returns the longest wait of a buffered row, in passes, by request."""
+    waits: dict[str, int] = {}
+    for _ in range(100_000):
+        batch = scheduler.next()
+        if batch is None:
+            return waits
+        for segment, buffer in enumerate(scheduler.buffers):
+            for name, since in buffer._since.items():
+                waits[name] = max(waits.get(name, 0), batch.number - since)
+            assert segment or not len(buffer)
+        scheduler.commit(batch, machine.execute(batch))
+        scheduler.check_integrity()
+    raise AssertionError("the scheduler does not come to an end")
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(
+    lengths=st.sampled_from([(2, 2), (1, 3, 2), (4, 4, 4), (5,)]),
+    fill=st.sampled_from(["recompute", "project", "alias", "mask"]),
+    policy=st.sampled_from(["drex", "split"]),
+    rate=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
+    sizes=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(0, 1)), min_size=1, max_size=8),
+    spare=st.sampled_from([0, 5, 100]),
+    chunk=st.sampled_from([1, 4, 64]),
+    fill_rows=st.sampled_from([1, 8, 64]),
+    aborted=st.sets(st.integers(0, 7), max_size=2),
+)
+def test_everything_ends_and_nothing_stays_behind(
+    lengths: tuple[int, ...],
+    fill: str,
+    policy: str,
+    rate: float,
+    sizes: list[tuple[int, int, int]],
+    spare: int,
+    chunk: int,
+    fill_rows: int,
+    aborted: set[int],
+) -> None:
+    tokens = max(2, max(prompt + out - 1 for prompt, out, _ in sizes) + spare)
+    config = EngineConfig(64, 4, chunk, tokens, fill_rows, max_wait_passes=12, policy=policy)
+    scheduler = Scheduler(config, SlotLayout(lengths), fill)
+    requests = [request(i, p, o, len(lengths), priority) for i, (p, o, priority) in enumerate(sizes)]
+    for each in requests:
+        scheduler.add(each)
+    machine = Machine(rate)
+    for _ in range(3):
+        batch = scheduler.next()
+        if batch is not None:
+            scheduler.commit(batch, machine.execute(batch))
+    for number in aborted & set(range(len(requests))):
+        if requests[number].finish_reason is None:
+            scheduler.finish(requests[number].request_id, FinishReason.ABORT)
+    drain(scheduler, machine)
+    assert scheduler.pool.in_use == scheduler.pool.claimed == 0
+    for number, each in enumerate(requests):
+        assert each.finish_reason in (FinishReason.LENGTH, FinishReason.ABORT)
+        if each.finish_reason is FinishReason.LENGTH:
+            assert each.num_output == sizes[number][1]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    lengths=st.sampled_from([(2, 2), (1, 3, 2)]),
+    rate=st.sampled_from([0.0, 0.5, 0.9, 0.97]),
+    share=st.sampled_from([0.3, 1.0]),
+    wait=st.sampled_from([5, 9, 20]),
+    count=st.integers(1, 12),
+)
+def test_no_row_waits_longer_than_max_wait_passes(
+    lengths: tuple[int, ...], rate: float, share: float, wait: int, count: int
+) -> None:
+    config = EngineConfig(64, 12, 512, 400, 256, max_wait_passes=wait, flush_share=share)
+    scheduler = Scheduler(config, SlotLayout(lengths), "recompute")
+    for i in range(count):
+        scheduler.add(request(i, 3, 25, len(lengths)))
+    waits = drain(scheduler, Machine(rate))
+    assert all(waited <= wait for waited in waits.values()), waits
+
+
+def test_a_full_pool_preempts_the_latest_of_the_lowest_priority_and_never_the_first() -> None:
+    config = EngineConfig(64, 4, 64, kv_cache_tokens=14)
+    scheduler = Scheduler(config, SlotLayout((2, 2)), "recompute")
+    low, high, late = request(0, 4, 8, 2, priority=1), request(1, 4, 8, 2, priority=0), request(2, 2, 8, 2, priority=1)
+    for each in (low, high, late):
+        scheduler.add(each)
+    machine, dropped, was_running = Machine(0.5), [], []
+    while (batch := scheduler.next()) is not None:
+        now = [r.request_id for r in scheduler.running]
+        dropped += [name for name in was_running if name not in now]
+        scheduler.commit(batch, machine.execute(batch))
+        was_running = [r.request_id for r in scheduler.running]
+    assert scheduler.preemptions == len(dropped) > 0
+    assert high.request_id not in dropped
+    assert dropped[0] == late.request_id
+    assert all(len(each.records) == 8 for each in (low, high, late))
+
+
+def test_a_request_that_could_never_fit_is_refused_by_name_of_the_remedy() -> None:
+    scheduler = Scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=10), SlotLayout((2, 2)), "recompute")
+    with pytest.raises(ValueError, match="raise kv_cache_tokens"):
+        scheduler.add(request(0, 6, 6, 2))
+    scheduler.add(request(1, 6, 5, 2))  # the last token is never run, so 10 tokens of K/V are just enough
+    drain(scheduler, Machine(0.5))
+
+
+def test_outstanding_rows_are_neither_selected_again_nor_freed_by_an_abort() -> None:
+    scheduler = Scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=40), SlotLayout((2, 2)), "recompute")
+    first, second = request(0, 3, 5, 2), request(1, 3, 5, 2)
+    scheduler.add(first)
+    batch = scheduler.next()
+    assert batch is not None
+    scheduler.finish(first.request_id, FinishReason.ABORT)
+    assert scheduler.pool.in_use == 3 * 2
+    scheduler.add(second)
+    beside = scheduler.next()
+    assert beside is not None
+    assert [span.request_id for span in beside.spans] == [second.request_id]
+    machine = Machine(0.5)
+    assert scheduler.commit(batch, machine.execute(batch)) == [first]
+    assert first.finish_reason is FinishReason.ABORT
+    scheduler.commit(beside, machine.execute(beside))
+    drain(scheduler, machine)
+    assert scheduler.pool.in_use == 0
+
+
+def test_a_failed_pass_ends_its_requests_and_no_others() -> None:
+    scheduler = Scheduler(EngineConfig(64, 1, 64, kv_cache_tokens=40), SlotLayout((2, 2)), "recompute")
+    first, second = request(0, 3, 5, 2), request(1, 3, 5, 2)
+    scheduler.add(first)
+    scheduler.add(second)
+    batch = scheduler.next()
+    assert batch is not None
+    assert scheduler.commit(batch, PassResult((), RuntimeError("broken"))) == [first]
+    assert first.finish_reason is FinishReason.ERROR
+    drain(scheduler, Machine(0.5))
+    assert second.finish_reason is FinishReason.LENGTH
+
+
+def test_owed_fills_are_bounded() -> None:
+    config = EngineConfig(64, 4, 64, kv_cache_tokens=200, max_fill_rows=6)
+    scheduler = Scheduler(config, SlotLayout((2, 2)), "recompute")
+    for i in range(4):
+        scheduler.add(request(i, 2, 40, 2))
+    machine, most = Machine(1.0), 0
+    while (batch := scheduler.next()) is not None:
+        scheduler.commit(batch, machine.execute(batch))
+        owed = sum(r.frontiers[0] - r.frontiers[1] for r in scheduler.running if r.num_output)
+        most = max(most, owed)
+    # One pass over segment 0 may take it past the bound by a row a request.
+    assert 6 <= most <= 6 + 4
+
+
+@pytest.mark.parametrize("fill", ["alias", "mask"])
+def test_aliased_and_masked_tokens_take_slots_where_they_were_executed_and_nowhere_else(fill: str) -> None:
+    layout = SlotLayout((2, 3))
+    scheduler = Scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=200), layout, fill)
+    each = request(0, 4, 30, 2)
+    scheduler.add(each)
+    machine, seen = Machine(0.7), 0
+    while (batch := scheduler.next()) is not None:
+        scheduler.commit(batch, machine.execute(batch))
+        if each.finish_reason is None and each.num_output:
+            executed = sum(sum(layout.lengths[:depth]) for depth in each.depths[: each.frontiers[1]])
+            live = each.frontiers[0] - each.frontiers[1]
+            assert scheduler.pool.in_use == executed + live * layout.lengths[0]
+            seen += any(depth == 1 for depth in each.depths)
+    assert seen
