@@ -191,7 +191,7 @@ def check_kv(llm: LLM, request: Request, kv: KV) -> None:
     scheduler, runner = llm.engine.scheduler, llm._runner
     first_layer = 0
     for segment, length in enumerate(scheduler.layout.lengths):
-        table = scheduler._tables[request.request_id][segment]
+        table = scheduler.placement._tables[request.request_id][segment]
         cells, aliased = table.cells[:, : table.count], table.aliased[: table.count]
         for offset in range(length):
             part, plane = divmod(offset, scheduler.layout.layers_per_cell)

@@ -12,23 +12,23 @@ one that is never preempted (the oldest of the highest priority) always gets on.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
-from drex.config import EngineConfig, ExitRule
+from drex.config import EngineConfig
 from drex.control.arena import ArenaRows
 from drex.control.buffer import RebatchBuffer
-from drex.control.plan import Evaluation, IntArray, Pass, PassResult, Rows, Span, Verdict
+from drex.control.decisions import evaluations, judge
+from drex.control.placement import Placement
+from drex.control.plan import Pass, PassResult, Span, Verdict
 from drex.control.policies import POLICIES, Ready
-from drex.control.slots import SegmentTable, SlotLayout, SlotPool
-from drex.request import ExitCheck, FinishReason, Request, TokenRecord, Undecided
-
-NO_INTS: IntArray = np.empty(0, dtype=np.int64)
+from drex.control.slots import SlotLayout, SlotPool
+from drex.request import FinishReason, Request
 
 
 class Scheduler:
-    """Owns the requests, their tables, the arena rows and the rebatching buffers.
+    """Owns the requests, the rebatching buffers and, through `placement`, what requests hold.
 
     Args:
         config: with `kv_cache_tokens` resolved.
@@ -38,19 +38,26 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, layout: SlotLayout, kv_fill: str) -> None:
         assert config.kv_cache_tokens is not None
-        self.config, self.layout, self.kv_fill = config, layout, kv_fill
+        self.config, self.layout = config, layout
         self.segments = len(layout.lengths)
-        self.pool = SlotPool(layout, config.kv_cache_tokens)
-        self.arena = ArenaRows(config.arena_rows if self.segments > 1 else 0)
+        self.placement = Placement(layout, kv_fill, config.kv_cache_tokens, config.arena_rows)
         self.buffers = [RebatchBuffer() for _ in range(self.segments)]
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.preemptions = 0
         self.passes = 0
         self._requests: dict[str, Request] = {}
-        self._tables: dict[str, tuple[SegmentTable, ...]] = {}
         self._policy = POLICIES[config.policy]
-        self._fills_owed = kv_fill in ("recompute", "project")
+
+    @property
+    def pool(self) -> SlotPool:
+        """The K/V slots."""
+        return self.placement.pool
+
+    @property
+    def arena(self) -> ArenaRows:
+        """The rows of the hidden-state arena."""
+        return self.placement.arena
 
     # Requests come and go
 
@@ -58,7 +65,7 @@ class Scheduler:
         """Raise ValueError for a request that could never be served, alone in the pool."""
         # The last token is never run, so it needs no K/V.
         length = len(request.prompt) + request.max_tokens - 1
-        if length * sum(self.layout.lengths) > self.pool.capacity:
+        if length * self.placement.slots_per_token > self.pool.capacity:
             raise ValueError(
                 f"prompt ({len(request.prompt)}) and max_tokens ({request.max_tokens}) need K/V for {length} tokens "
                 f"and the pool holds {self.config.kv_cache_tokens}: shorten one of them, or raise kv_cache_tokens"
@@ -87,11 +94,7 @@ class Scheduler:
     def _drop(self, request: Request) -> None:
         """Take a running request off the machine."""
         self.running.remove(request)
-        del self._tables[request.request_id]
-        self.pool.close(request.request_id)
-        self.pool.claim(-request.claimed)
-        request.claimed = request.claimed_length = 0
-        self.arena.close(request.request_id)
+        self.placement.close(request)
         for buffer in self.buffers:
             buffer.discard(request.request_id)
 
@@ -111,15 +114,12 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.config.max_num_seqs:
             request = self.waiting[0]
-            needed = sum(self._slots_at(request, position) for position in range(len(request.tokens)))
             # Room for everyone's next token beside it: else it would be preempted before it got anywhere.
-            if not self.pool.fits(needed + len(self.running) * sum(self.layout.lengths)):
+            spare = len(self.running) * self.placement.slots_per_token
+            if not self.pool.fits(self.placement.slots_needed(request) + spare):
                 return
             self.waiting.pop(0)
-            self.pool.claim(needed)
-            request.claimed, request.claimed_length = needed, len(request.tokens)
-            room = len(request.prompt) + request.max_tokens
-            self._tables[request.request_id] = self.pool.open(request.request_id, room)
+            self.placement.open(request)
             bisect.insort(self.running, request, key=_urgency)
 
     # The next pass
@@ -170,7 +170,7 @@ class Scheduler:
 
     def _fill_rows(self, idle: list[Request]) -> int:
         """Rows whose token is decided and that only owe K/V."""
-        if not self._fills_owed:
+        if not self.placement.fills_owed:
             return 0
         return sum(
             request.frontiers[0] - request.frontiers[-1] - (0 if request.live_segment == 0 else 1)
@@ -183,7 +183,7 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         slots = self.pool.capacity - self.pool.claimed
         rows = self.arena.free if self.segments > 1 else budget
-        per_token = sum(self.layout.lengths)
+        per_token = self.placement.slots_per_token
         for decoding in (True, False):
             for request in idle:
                 if budget == 0 or rows == 0:
@@ -221,29 +221,10 @@ class Scheduler:
             yield request, count
             budget -= count
 
-    # One request's part in a pass
-
-    def _runs(self, request: Request, position: int, segment: int) -> bool:
-        """Whether a position executes a segment in full."""
-        if position >= len(request.depths) or request.depths[position] > segment:
-            return True
-        return self.kv_fill == "recompute"
-
-    def _slots_at(self, request: Request, position: int) -> int:
-        """Slots that a position takes over all segments, at most."""
-        if self._fills_owed or position >= len(request.depths):
-            return sum(self.layout.lengths)
-        return sum(self.layout.lengths[: request.depths[position]])
-
     def _span(self, request: Request, segment: int, count: int) -> Span:
         start = request.frontiers[segment]
         stop = start + count
-        if segment == 0 and stop > request.claimed_length:
-            self._claim(request, sum(self.layout.lengths))
-            request.claimed_length = stop
-        if segment == 0 and self.segments > 1:
-            self.arena.take(request.request_id, range(start, stop))
-        full, fill = self._place(request, segment, range(start, stop))
+        full, fill, context = self.placement.place(request, segment, start, stop)
         request.in_pass = True
         if stop == len(request.tokens):
             self.buffers[segment].discard(request.request_id)
@@ -251,102 +232,11 @@ class Scheduler:
             request_id=request.request_id,
             start=start,
             stop=stop,
-            tokens=np.array(request.tokens[start:stop], dtype=np.int64) if segment == 0 else NO_INTS,
+            tokens=np.array(request.tokens[start:stop] if segment == 0 else (), dtype=np.int64),
             full=full,
             fill=fill,
-            context=self._tables[request.request_id][segment].context(),
-            evaluations=tuple(self._evaluations(request, segment, full)),
-        )
-
-    def _claim(self, request: Request, slots: int) -> None:
-        self.pool.claim(slots)
-        request.claimed += slots
-
-    def _place(self, request: Request, segment: int, positions: range) -> tuple[Rows, Rows]:
-        """Give each position its entry in the segment's table; returns the rows that run and those that only fill."""
-        table = self._tables[request.request_id][segment]
-        if segment == 0 or self._fills_owed or not self._skips(request, segment, positions):
-            before = table.count
-            cells = self.pool.extend(table, len(positions))
-            numbers = np.arange(positions.start, positions.stop)
-            visible = np.arange(before + 1, before + 1 + len(positions))
-            runs = np.array([self._runs(request, position, segment) for position in positions], dtype=np.bool_)
-            arena = self._arena_rows(request, positions)
-            if runs.all():
-                return Rows(numbers, arena, cells, visible), _no_rows(len(cells))
-            full, fill = (Rows(numbers[keep], arena[keep], cells[:, keep], visible[keep]) for keep in (runs, ~runs))
-            return full, fill
-        return self._place_skipping(request, segment, positions, table), _no_rows(table.cells.shape[0])
-
-    def _skips(self, request: Request, segment: int, positions: range) -> bool:
-        return any(not self._runs(request, position, segment) for position in positions)
-
-    def _place_skipping(self, request: Request, segment: int, positions: range, table: SegmentTable) -> Rows:
-        """As `_place`, one position at a time: some have an aliased or absent entry (a replay under alias or mask)."""
-        ran: list[int] = []
-        cells: list[IntArray] = []
-        visible: list[int] = []
-        for position in positions:
-            if self._runs(request, position, segment):
-                cells.append(self.pool.extend(table, 1))
-                ran.append(position)
-                visible.append(table.count)
-            else:
-                self._skip_entry(request, segment, position)
-        return Rows(
-            np.array(ran, dtype=np.int64),
-            self._arena_rows(request, ran),
-            np.concatenate(cells, axis=1) if cells else np.empty((table.cells.shape[0], 0), dtype=np.int64),
-            np.array(visible, dtype=np.int64),
-        )
-
-    def _skip_entry(self, request: Request, segment: int, position: int) -> None:
-        """What the table of a skipped segment gets for a position: an alias of the exit layer, or nothing."""
-        if self.kv_fill == "alias":
-            tables = self._tables[request.request_id]
-            exit_cell = int(tables[request.depths[position] - 1].cells[-1, position])
-            tables[segment].append_alias(self.pool.slot(exit_cell))
-
-    def _arena_rows(self, request: Request, positions: Iterable[int]) -> IntArray:
-        if self.segments == 1:
-            return NO_INTS
-        return np.array([self.arena.row(request.request_id, position) for position in positions], dtype=np.int64)
-
-    def _evaluations(self, request: Request, segment: int, full: Rows) -> Iterator[Evaluation]:
-        """Heads to evaluate: those of rows that are not decided and may exit here, or end here."""
-        final = segment == self.segments - 1
-        if request.score_rule is not None:
-            for row, position in enumerate(full.positions.tolist()):
-                if position < len(request.prompt) - 1 and position not in request.prompt_records:
-                    threshold = None if final else request.score_rule.threshold(segment, position, len(request.prompt))
-                    if final or threshold is not None:
-                        target = request.tokens[position + 1]
-                        yield self._evaluation(request, row, position, threshold, request.score_rule, target)
-        last = len(request.tokens) - 1
-        if not len(full) or int(full.positions[-1]) != last:
-            return
-        threshold = None
-        if not final and request.num_output:
-            threshold = request.rule.threshold(segment, request.num_output, request.max_tokens)
-        if final or threshold is not None:
-            yield self._evaluation(request, len(full) - 1, last, threshold, request.rule, None)
-
-    def _evaluation(
-        self, request: Request, row: int, position: int, threshold: float | None, rule: ExitRule, target: int | None
-    ) -> Evaluation:
-        return Evaluation(
-            row=row,
-            position=position,
-            threshold=threshold,
-            rule=rule,
-            agreeing=request.undecided.setdefault(position, Undecided()).agreeing,
-            params=request.params,
-            seed=request.seed,
-            sample=request.sample,
-            tokens=request.tokens,
-            prompt_length=len(request.prompt),
-            banned=request.banned() if target is None else (),
-            target=target,
+            context=context,
+            evaluations=tuple(evaluations(request, segment, full)),
         )
 
     # What a pass brought
@@ -372,52 +262,12 @@ class Scheduler:
 
     def _advance(self, request: Request, segment: int, span: Span, verdicts: tuple[Verdict, ...]) -> None:
         request.frontiers[segment] = span.stop
-        if self.segments > 1:
-            self._release_rows(request, segment, span)
+        self.placement.passed(request, segment, span)
         for evaluation, verdict in zip(span.evaluations, verdicts, strict=True):
-            row = request.undecided[evaluation.position]
-            row.agreeing = verdict.agreeing
-            if evaluation.threshold is not None:
-                row.checks.append(ExitCheck(segment, verdict.confidence, evaluation.threshold))
-            if verdict.exited or segment == self.segments - 1:
-                self._decide(request, evaluation, segment + 1, verdict)
-        self._skip_ahead(request)
+            if judge(request, segment, evaluation, verdict) and segment < self.segments - 1:
+                self.placement.exited(request, evaluation.position, segment + 1)
+        self.placement.skip_ahead(request)
         self._enter_buffer(request)
-
-    def _release_rows(self, request: Request, segment: int, span: Span) -> None:
-        """Arena rows of positions that execute nothing deeper."""
-        for position in (*span.full.positions.tolist(), *span.fill.positions.tolist()):
-            decided = position < len(request.depths)
-            ends = request.depths[position] if decided and not self._fills_owed else self.segments
-            if segment + 1 >= ends:
-                self.arena.release(request.request_id, position)
-
-    def _decide(self, request: Request, evaluation: Evaluation, depth: int, verdict: Verdict) -> None:
-        """A row has its token: the live row's is appended, a scored one's was known."""
-        position = evaluation.position
-        checks = tuple(request.undecided.pop(position).checks)
-        record = TokenRecord(verdict.token_id, verdict.logprob, depth, verdict.confidence, checks, verdict.top)
-        if depth < self.segments and not self._fills_owed:
-            self.arena.release(request.request_id, position)
-            self._claim(request, -sum(self.layout.lengths[depth:]))
-        if evaluation.target is not None:
-            request.prompt_records[position] = record
-            request.depths[position] = depth
-            return
-        request.records.append(record)
-        request.depths.append(depth)
-        request.tokens.append(verdict.token_id)
-
-    def _skip_ahead(self, request: Request) -> None:
-        """Move frontiers past positions that take no row at a segment (alias and mask owe nothing)."""
-        if self._fills_owed:
-            return
-        for segment in range(1, self.segments):
-            position = request.frontiers[segment]
-            while position < request.frontiers[segment - 1] and not self._runs(request, position, segment):
-                self._skip_entry(request, segment, position)
-                position += 1
-            request.frontiers[segment] = position
 
     def _enter_buffer(self, request: Request) -> None:
         """A live row that has come to a boundary waits there, but for a request's first token."""
@@ -425,32 +275,13 @@ class Scheduler:
         if segment and request.num_output and request.request_id not in self.buffers[segment]:
             self.buffers[segment].add(request.request_id, self.passes)
 
-    # Checks
-
     def check_integrity(self) -> None:
         """Raise AssertionError unless slots, arena rows, buffers and frontiers agree with the requests."""
-        self.pool.check_integrity(request.request_id for request in self.running)
-        self.arena.check_integrity()
-        assert self.pool.claimed == sum(request.claimed for request in self.running)
-        for request in self.running:
-            frontiers = request.frontiers
-            assert frontiers == sorted(frontiers, reverse=True), f"frontiers {frontiers} of {request.request_id}"
-            executed = 0
-            for segment, frontier in enumerate(frontiers):
-                took = sum(self._fills_owed or self._runs(request, p, segment) for p in range(frontier))
-                executed += took * self.layout.lengths[segment]
-            held = sum(len(table.own_cells()) for table in self._tables[request.request_id])
-            if not request.in_pass:
-                assert held * self.layout.layers_per_cell == executed
-        if not self.running:
-            assert self.pool.in_use == self.pool.claimed == 0
-            assert not any(self.buffers)
-            assert self.arena.free == self.arena.capacity
+        self.placement.check_integrity(self.running)
+        for segment, buffer in enumerate(self.buffers):
+            waiting = {r.request_id for r in self.running if r.live_segment == segment and r.decoding and segment}
+            assert set(buffer.oldest_first()) <= waiting
 
 
 def _urgency(request: Request) -> tuple[int, int]:
     return request.priority, request.arrival
-
-
-def _no_rows(parts: int) -> Rows:
-    return Rows(NO_INTS, NO_INTS, np.empty((parts, 0), dtype=np.int64), NO_INTS)
