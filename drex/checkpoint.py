@@ -122,7 +122,7 @@ def check_exit_layers(layers: list[int], num_layers: int) -> None:
 
 def check_threshold(value: Any) -> float:
     """A finite number >= 0; above 1 it can't be reached, which turns the exit off."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
         raise ValueError(f"threshold {value!r}: give a number from 0 on (above 1 the exit is never taken)")
     return float(value)
 

@@ -58,8 +58,10 @@ class EarlyExit:
 
     def __post_init__(self) -> None:
         if self.layers is not None:
+            if not isinstance(self.layers, list | tuple) or not all(_whole(layer) for layer in self.layers):
+                raise ValueError(f"layers {self.layers!r}: give a list of layer counts")
             object.__setattr__(self, "layers", tuple(self.layers))
-        if isinstance(self.thresholds, Sequence):
+        if isinstance(self.thresholds, list | tuple):
             object.__setattr__(self, "thresholds", tuple(map(check_threshold, self.thresholds)))
         elif self.thresholds is not None:
             object.__setattr__(self, "thresholds", check_threshold(self.thresholds))
@@ -70,10 +72,12 @@ class EarlyExit:
         ):
             if value is not None and value not in choices:
                 raise ValueError(f"{name} {value!r}: choose one of {', '.join(choices)}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience {self.patience}: give at least 1 agreeing exit")
-        if self.min_layer < 0:
-            raise ValueError(f"min_layer {self.min_layer}: give a count of layers from 0 on")
+        if self.patience is not None and not (_whole(self.patience) and self.patience >= 1):
+            raise ValueError(f"patience {self.patience!r}: give at least 1 agreeing exit")
+        if not (_whole(self.min_layer) and self.min_layer >= 0):
+            raise ValueError(f"min_layer {self.min_layer!r}: give a count of layers from 0 on")
+        if not isinstance(self.enabled, bool):
+            raise ValueError(f"enabled {self.enabled!r}: give true or false")
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> EarlyExit:
@@ -158,6 +162,10 @@ class ExitPlan:
             schedule=request.schedule or self.rule.schedule,
             patience=request.patience or self.rule.patience,
         )
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _per_exit(thresholds: float | Sequence[float], count: int) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from drex.compute.load import LoadedModel, load_model
 from drex.compute.segments import SegmentRunner
 from drex.config import EarlyExit, EngineConfig, ExitRule
 from drex.control.scheduler import Scheduler
-from drex.engine.engine import Engine
+from drex.engine.engine import Emitted, Engine
 from drex.engine.executor import TorchExecutor
 from drex.outputs import Chunk, CompletionOutput, ExitStats, RequestOutput, Scored
 from drex.request import Request, SamplingParams
@@ -91,6 +91,7 @@ class LLM:
         )
         self.engine = Engine(scheduler, TorchExecutor(self._runner), self.tokenizer)
         self._arrivals = 0
+        self._inboxes: dict[str, list[Emitted]] = {}
 
     # Generation
 
@@ -129,7 +130,9 @@ class LLM:
         Raises:
             ValueError: no chat template, or messages it does not take.
         """
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        if not messages:
+            raise ValueError("messages is empty: give at least one")
+        conversations = [messages] if isinstance(messages[0], Mapping) else messages
         prompts = [self.chat_prompt(conversation) for conversation in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -166,19 +169,38 @@ class LLM:
         return self._stream({r.request_id: (number, r) for number, group in enumerate(groups) for r in group})
 
     def _stream(self, left: dict[str, tuple[int, Request]]) -> Iterator[Chunk]:
+        numbers = {request_id: number for request_id, (number, _) in left.items()}
+        for request_id, chunk, _ in self._serve([request for _, request in left.values()]):
+            yield replace(chunk, prompt_index=numbers[request_id])
+
+    def _serve(self, requests: Sequence[Request]) -> Iterator[Emitted]:
+        """What these requests give, until they are done; those that are left when it is closed are aborted.
+
+        Several of these may be under way at once: each step of the engine serves all, and what belongs to another
+        waits in the inbox of its request.
+        """
+        left = {request.request_id for request in requests}
+        self._inboxes.update({request_id: [] for request_id in left})
         try:
-            for _, request in left.values():
+            for request in requests:
                 self.engine.add(request)
             while left:
-                for request_id, chunk, whole in self.engine.step():
-                    if request_id in left:
-                        number = left[request_id][0]
-                        if whole is not None:
-                            del left[request_id]
-                        yield replace(chunk, prompt_index=number)
+                ready = [emitted for request_id in left for emitted in self._inboxes[request_id]]
+                for request_id in left:
+                    self._inboxes[request_id] = []
+                for emitted in ready:
+                    if emitted[2] is not None:
+                        left.remove(emitted[0])
+                    yield emitted
+                if not ready:
+                    for emitted in self.engine.step():
+                        if emitted[0] in self._inboxes:
+                            self._inboxes[emitted[0]].append(emitted)
         finally:
-            for request_id in left:
-                self.engine.abort(request_id)
+            for request in requests:
+                del self._inboxes[request.request_id]
+                if request.request_id in left:
+                    self.engine.abort(request.request_id)
 
     def check(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[int]:
         """The token ids of a prompt that can be served; raises ValueError, naming the remedy, for one that can't."""
@@ -207,7 +229,7 @@ class LLM:
             if len(ids) < 2:
                 raise ValueError(f"scoring takes at least 2 tokens, got {len(ids)}")
             self._check_tokens(ids, len(ids))
-        rule = self.model.exits.rule_for(EarlyExit.off() if early_exit is None else early_exit)
+        rule = self._rule(EarlyExit.off() if early_exit is None else early_exit)
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
         requests = [self._request(ids, params, rule, sample=0, seed=0, score_rule=rule) for ids in sequences]
         done = self._run(requests, progress=use_tqdm and len(requests) > 1, text="scoring")
@@ -236,12 +258,11 @@ class LLM:
                 "prompt so that at least one token can follow, or raise max_model_len"
             )
         self._check_tokens(ids, self.config.max_model_len)
-        outside = [t for t in (params.logit_bias or {}) if not 0 <= t < self.model.decoder.spec.vocab_size]
-        if outside:
-            raise ValueError(f"logit_bias names token {outside[0]}: the vocabulary has ids 0..{self._last_token}")
-        rule = self.model.exits.rule_for(params.early_exit)
-        if rule.criterion == "probe" and any(probe is None for _, probe in self.model.heads):
-            raise ValueError("criterion 'probe': this model has no probes; choose another criterion")
+        for name, tokens in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids or ())):
+            outside = [token for token in tokens if not 0 <= token <= self._last_token]
+            if outside:
+                raise ValueError(f"{name} has token {outside[0]}: the vocabulary has ids 0..{self._last_token}")
+        rule = self._rule(params.early_exit)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         params = replace(params, max_tokens=min(params.max_tokens, room), min_tokens=min(params.min_tokens, room))
         requests = []
@@ -251,6 +272,13 @@ class LLM:
             requests.append(self._request(ids, params, rule, sample, seed, score_rule))
         self.engine.scheduler.check_fits(requests[0])
         return requests
+
+    def _rule(self, early_exit: EarlyExit | None) -> ExitRule:
+        """The exit rule of a request; raises ValueError if this model can't follow it."""
+        rule = self.model.exits.rule_for(early_exit)
+        if rule.criterion == "probe" and any(probe is None for _, probe in self.model.heads):
+            raise ValueError("criterion 'probe': this model has no probes; choose another criterion")
+        return rule
 
     def _request(
         self,
@@ -306,19 +334,11 @@ class LLM:
     def _run(self, requests: list[Request], *, progress: bool, text: str = "generating") -> dict[str, CompletionOutput]:
         """Serve requests to the end; on any interruption those that are left are aborted."""
         done: dict[str, CompletionOutput] = {}
-        try:
-            for request in requests:
-                self.engine.add(request)
-            with _Progress(text, len(requests), progress) as advance:
-                while len(done) < len(requests):
-                    for request_id, _, whole in self.engine.step():
-                        if whole is not None:
-                            done[request_id] = whole
-                            advance()
-        finally:
-            for request in requests:
-                if request.request_id not in done:
-                    self.engine.abort(request.request_id)
+        with _Progress(text, len(requests), progress) as advance:
+            for request_id, _, whole in self._serve(requests):
+                if whole is not None:
+                    done[request_id] = whole
+                    advance()
         return done
 
     def _output(self, prompt: Prompt, group: list[Request], done: dict[str, CompletionOutput]) -> RequestOutput:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 from drex.config import EarlyExit, ExitRule
 
 MAX_LOGPROBS = 20
+LARGEST = 2**53
+"""Whole numbers from here on are not all exact as floats, and none is a sensible setting."""
 
 
 class FinishReason(enum.StrEnum):
@@ -73,27 +75,27 @@ class SamplingParams:
             (_number(self.frequency_penalty) and -2 <= self.frequency_penalty <= 2, "frequency_penalty", "in [-2, 2]"),
             (self.seed is None or _whole(self.seed), "seed", "a whole number, or None"),
             (_whole(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "a whole number from 1 on"),
-            (
-                _whole(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
-                "min_tokens",
-                "a whole number from 0 to max_tokens",
-            ),
+            (_whole(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "a whole number from 0 on"),
             (_logprobs(self.logprobs), "logprobs", f"a whole number from 0 to {MAX_LOGPROBS}, or None"),
             (_logprobs(self.prompt_logprobs), "prompt_logprobs", f"a whole number from 0 to {MAX_LOGPROBS}, or None"),
         )
         for good, name, range_ in checks:
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give {range_}")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if not all(isinstance(text, str) and text for text in stop):
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens is {self.min_tokens}: give at most max_tokens, which is {self.max_tokens}")
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop is {self.stop!r}: give non-empty strings")
-        object.__setattr__(self, "stop", stop)
-        ids = tuple(self.stop_token_ids or ())
-        if not all(_whole(token) for token in ids):
-            raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}: give token ids")
-        object.__setattr__(self, "stop_token_ids", ids)
+        object.__setattr__(self, "stop", tuple(stop))
+        ids = self.stop_token_ids or []
+        if not isinstance(ids, list | tuple) or not all(_whole(token) for token in ids):
+            raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}: give a list of token ids")
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
         bias = self.logit_bias or {}
-        if not all(_whole(token) and _number(value) and -100 <= value <= 100 for token, value in bias.items()):
+        if not isinstance(bias, dict) or not all(
+            _whole(token) and _number(value) and -100 <= value <= 100 for token, value in bias.items()
+        ):
             raise ValueError(f"logit_bias is {self.logit_bias!r}: map token ids to numbers in [-100, 100]")
 
     @property
@@ -113,7 +115,9 @@ class SamplingParams:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < LARGEST
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _whole(value: object) -> bool:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from drex.compute.noise import gumbel, mix
+from drex.compute.noise import gumbel, mix, uniform
 from drex.request import SamplingParams
 
 
@@ -128,7 +128,7 @@ class Reference:
             value = torch.softmax(w @ hidden + b, 0)[1].item()
         else:
             seed, sample, position = where[1:]
-            value = ((mix(seed, sample, position, self.exits.index(exit_layer)) >> 11) + 0.5) / 2**53
+            value = uniform(seed, sample, position, self.exits.index(exit_layer))
         return max(0.0, min(1.0, value))
 
     def generate(self, prompt: list[int], params: SamplingParams, rule: Rule, seed: int, sample: int) -> list[RefToken]:

@@ -25,7 +25,7 @@ def mix(*values: int) -> int:
 
 def uniform(*values: int) -> float:
     """A number in (0, 1) from whole numbers."""
-    return ((mix(*values) >> 11) + 0.5) / 2**53
+    return ((mix(*values) >> 12) + 0.5) / 2**52
 
 
 def gumbel(keys: list[int], vocab_size: int, device: torch.device) -> Tensor:
@@ -42,7 +42,7 @@ def gumbel(keys: list[int], vocab_size: int, device: torch.device) -> Tensor:
     state = start[:, None] + torch.arange(1, vocab_size + 1, device=device) * _signed(GOLDEN)
     for shift, factor in MIX:
         state = (state ^ _shift_right(state, shift)) * _signed(factor)
-    u = (_shift_right(state, 11).double() + 0.5) / 2**53
+    u = (_shift_right(state, 12).double() + 0.5) / 2**52
     out: Tensor = -torch.log(-torch.log(u))
     return out
 

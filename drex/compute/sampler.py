@@ -105,7 +105,8 @@ def _sample(logits: Tensor, evaluations: Sequence[Evaluation]) -> Tensor:
 
     temperature = column([e.params.temperature for e in evaluations])
     greedy = temperature == 0
-    scaled = logits / torch.where(greedy, 1.0, temperature)
+    # From the maximum down, so that a tiny temperature makes the others -inf and not the best ones inf.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / torch.where(greedy, 1.0, temperature)
     if any(e.params.min_p > 0 for e in evaluations):
         min_p = column([e.params.min_p for e in evaluations])
         floor = scaled.amax(-1, keepdim=True) + min_p.log()
@@ -122,7 +123,9 @@ def _truncate(scaled: Tensor, evaluations: Sequence[Evaluation]) -> Tensor:
     vocab = scaled.shape[-1]
     device = scaled.device
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([e.params.top_k if e.params.top_k > 0 else vocab for e in evaluations], device=device)
+    top_k = torch.tensor(
+        [min(e.params.top_k, vocab) if e.params.top_k > 0 else vocab for e in evaluations], device=device
+    )
     ordered = ordered.masked_fill(torch.arange(vocab, device=device)[None] >= top_k[:, None], -torch.inf)
     top_p = torch.tensor([e.params.top_p for e in evaluations], dtype=scaled.dtype, device=device)[:, None]
     probabilities = ordered.softmax(-1)

@@ -14,6 +14,17 @@ SUPPORTED = {"llama": False, "mistral": False, "qwen2": True, "qwen3": False}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises ValueError naming the file if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not readable as JSON ({error}): fetch the model again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object: fetch the model again")
+    return content
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Sizes and variations of a decoder.
@@ -55,13 +66,8 @@ class ModelSpec:
             raise ValueError(
                 f"{folder} is not a model: it has no config.json; name a Hugging Face model folder or hub id"
             )
-        try:
-            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{folder / 'config.json'} is not readable as JSON ({error}): fetch the model again"
-            ) from error
-        model_type = raw.get("model_type") if isinstance(raw, dict) else None
+        raw = read_json(folder / "config.json")
+        model_type = raw.get("model_type")
         if model_type not in SUPPORTED:
             raise ValueError(f"model type {model_type!r} is not supported: drex runs {', '.join(SUPPORTED)}")
         if raw.get("quantization_config"):
@@ -102,7 +108,7 @@ class ModelSpec:
             max_length=config.max_position_embeddings,
             sliding_window=window,
             dtype=str(dtype or "float32").removeprefix("torch."),
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=frozenset(token for token in eos_token_ids if 0 <= token < config.vocab_size),
         )
 
     @property
@@ -116,7 +122,7 @@ def _end_tokens(folder: Path, raw: dict[str, Any]) -> frozenset[int]:
     path = folder / "generation_config.json"
     ids: Any = None
     if path.is_file():
-        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        ids = read_json(path).get("eos_token_id")
     if ids is None:
         ids = raw.get("eos_token_id")
     if ids is None:

@@ -5,7 +5,6 @@ Each tensor is read from its own short-lived mapping, so that the peak is the we
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +16,7 @@ from torch import Tensor
 from drex.checkpoint import ExitSpec
 from drex.compute.decoder import Decoder, LayerWeights
 from drex.compute.heads import ExitHead
-from drex.compute.spec import ModelSpec
+from drex.compute.spec import ModelSpec, read_json
 
 T = TypeVar("T")
 INDEX = "model.safetensors.index.json"
@@ -40,8 +39,10 @@ class TensorFiles:
     @staticmethod
     def _paths(folder: Path) -> list[Path]:
         if (folder / INDEX).is_file():
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            return [folder / name for name in sorted(set(index["weight_map"].values()))]
+            names = read_json(folder / INDEX).get("weight_map")
+            if not isinstance(names, dict) or not names:
+                raise ValueError(f"{folder / INDEX} has no weight_map: fetch the model again")
+            return [folder / name for name in sorted(set(map(str, names.values())))]
         if (folder / "model.safetensors").is_file():
             return [folder / "model.safetensors"]
         raise ValueError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
+
+CONTEXT_TOKENS = 6
 
 
 class Detokenizer:
@@ -17,6 +20,7 @@ class Detokenizer:
 
     Args:
         tokenizer: a fast one, or None: then all text is empty.
+        prompt: token ids before the text: some tokenisers drop a leading space where nothing comes before it.
         stop: stop strings.
         skip_special: leave special tokens out of the text.
         include_stop: keep the stop string in the text.
@@ -25,6 +29,7 @@ class Detokenizer:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase | None,
+        prompt: Sequence[int] = (),
         stop: tuple[str, ...] = (),
         skip_special: bool = True,
         include_stop: bool = False,
@@ -34,7 +39,8 @@ class Detokenizer:
         self._stop, self._include_stop, self._skip_special = stop, include_stop, skip_special
         self._tokenizer = tokenizer
         self._backend: Any = None if tokenizer is None else tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=skip_special)
+        self._prefix = list(prompt[-CONTEXT_TOKENS:])
+        self._stream = DecodeStream(ids=self._prefix, skip_special_tokens=skip_special)
         self._ids: list[int] = []
         self._shown = 0
 
@@ -54,11 +60,17 @@ class Detokenizer:
         """No more tokens: returns what an unfinished character leaves (replacement characters)."""
         if self._tokenizer is None or self.stopped_at is not None:
             return ""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special)
-        assert isinstance(whole, str)
-        rest = whole[len(self.text) :] if whole.startswith(self.text) else ""
+        before = self._decode(self._prefix)
+        whole = self._decode(self._prefix + self._ids)
+        rest = whole[len(before) + len(self.text) :] if whole.startswith(before + self.text) else ""
         self._append(rest, may_stop=False)
         return rest
+
+    def _decode(self, ids: list[int]) -> str:
+        assert self._tokenizer is not None
+        text = self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)
+        assert isinstance(text, str)
+        return text
 
     def show(self, finished: bool) -> str:
         """Text not shown before and safe to show: without a tail that could still become a stop string."""
@@ -70,11 +82,11 @@ class Detokenizer:
         return new
 
     def _append(self, piece: str, may_stop: bool) -> None:
-        searched = len(self.text) - max((len(stop) for stop in self._stop), default=0)
+        before = len(self.text)
         self.text += piece
         if not may_stop:
             return
-        found = [(self.text.find(stop, max(0, searched)), stop) for stop in self._stop]
+        found = [(self.text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._stop]
         found = [(at, stop) for at, stop in found if at >= 0]
         if found:
             at, stop = min(found)

@@ -8,11 +8,15 @@ from itertools import accumulate
 
 from transformers import PreTrainedTokenizerBase
 
+from drex.control.plan import PassResult
 from drex.control.scheduler import Scheduler
 from drex.engine.detokenizer import Detokenizer
 from drex.engine.executor import Executor
 from drex.outputs import Chunk, CompletionOutput, TokenOutput
 from drex.request import FinishReason, Request, TokenRecord
+
+Emitted = tuple[str, Chunk, CompletionOutput | None]
+"""Request id, what is new, and the whole sample once it is finished."""
 
 
 @dataclass
@@ -57,7 +61,11 @@ class Engine:
         self._samples[request.request_id] = _Sample(
             request,
             Detokenizer(
-                self.tokenizer, params.stop_strings, params.skip_special_tokens, params.include_stop_str_in_output
+                self.tokenizer,
+                request.prompt,
+                params.stop_strings,
+                params.skip_special_tokens,
+                params.include_stop_str_in_output,
             ),
         )
 
@@ -72,15 +80,20 @@ class Engine:
         """Whether any request is unfinished."""
         return bool(self._samples)
 
-    def step(self) -> list[tuple[str, Chunk, CompletionOutput | None]]:
-        """Run one pass. Returns (request id, what is new, and the whole sample once it is finished)."""
+    def step(self) -> list[Emitted]:
+        """Run one pass. Returns what it brought to each request that got a token or ended."""
         started = time.perf_counter()
         batch = self.scheduler.next()
         if batch is None:
             return []
         planned = time.perf_counter()
-        self.executor.submit(batch)
-        result = self.executor.collect()
+        try:
+            self.executor.submit(batch)
+            result = self.executor.collect()
+        except BaseException as error:  # an interruption: the pass is lost, and so are its requests
+            for request in self.scheduler.commit(batch, PassResult((), RuntimeError(f"interrupted: {error!r}"))):
+                self._samples.pop(request.request_id, None)
+            raise
         executed = time.perf_counter()
         out = [self._emit(request, result.error) for request in self.scheduler.commit(batch, result)]
         self.stats.passes += 1
@@ -89,7 +102,7 @@ class Engine:
         self.stats.own_seconds += planned - started + time.perf_counter() - executed
         return out
 
-    def _emit(self, request: Request, error: Exception | None) -> tuple[str, Chunk, CompletionOutput | None]:
+    def _emit(self, request: Request, error: Exception | None) -> Emitted:
         sample = self._samples[request.request_id]
         fresh = []
         for number, record in enumerate(request.records[len(sample.tokens) :], len(sample.tokens) + 1):
