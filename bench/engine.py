@@ -1,0 +1,214 @@
+"""Full-depth speed of drex against other engines, its own overhead, its memory, and the K/V that its fills save.
+
+    python bench/engine.py --json engine.json
+
+Engines take turns (A, B, A, B, …) in one process run, so that a slow moment of the machine meets all of them; ratios
+are medians of those within a turn. Throughput is wanted output tokens a second, prompts included in the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kv_saved
+import machine
+import memory
+import torch
+import transformers
+from peers import DrexEngine, Engine, Outcome, TransformersEngine, VllmEngine, missing_vllm
+from report import print_report
+from rich.console import Console
+from workload import MODELS, OUTPUT_TOKENS, PROMPT_TOKENS, Job, Subject, make_jobs, prepare, warm_up
+
+from drex.compute.device import has_fast_bfloat16
+
+SLOW_SCALE = 0.2
+QUICK_SCALE = 0.1
+KV_REQUESTS, KV_PROMPT, KV_OUTPUT = 16, 96, 160
+console = Console(width=None if sys.stdout.isatty() else 110)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="bundled,llama-160m", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--in-flight", default="1,8,32", help="requests served at once")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch, for all engines")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        help=f"factor on prompt and output lengths; default 1, or {SLOW_SCALE} where the CPU has no bfloat16",
+    )
+    parser.add_argument("--quick", action="store_true", help=f"one repetition, lengths times {QUICK_SCALE} again")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    options = parser.parse_args()
+    for name, known in (("models", MODELS), ("dtypes", ("float32", "bfloat16"))):
+        setattr(options, name, getattr(options, name).split(","))
+        unknown = set(getattr(options, name)) - set(known)
+        if unknown:
+            parser.error(f"--{name}: {', '.join(sorted(unknown))} is not one of {', '.join(known)}")
+    options.in_flight = [int(count) for count in options.in_flight.split(",")]
+    if options.quick:
+        options.repeats = 1
+    return options
+
+
+def length_scale(options: argparse.Namespace, dtype: str) -> float:
+    """Factor on prompt and output lengths."""
+    scale: float | None = options.scale
+    if scale is None:
+        slow = dtype == "bfloat16" and not has_fast_bfloat16(torch.device("cpu"))
+        scale = SLOW_SCALE if slow else 1.0
+    return scale * (QUICK_SCALE if options.quick else 1.0)
+
+
+def take_turns(engines: list[Engine], jobs: list[Job], in_flight: int, repeats: int) -> dict[str, list[Outcome]]:
+    """Warm every engine up, then let them run the same jobs in turn."""
+    for engine in engines:
+        engine.run(warm_up(jobs, in_flight))
+    outcomes: dict[str, list[Outcome]] = {engine.name: [] for engine in engines}
+    for number in range(repeats):
+        for engine in engines:
+            gc.collect()
+            outcome = engine.run(jobs)
+            assert [len(output) for output in outcome.outputs] == [job.wanted for job in jobs]
+            outcomes[engine.name].append(outcome)
+            console.print(f"  turn {number + 1}: {engine.name} {outcome.tokens_per_second:.1f} tokens/s", style="dim")
+    return outcomes
+
+
+def compare(subject: Subject, dtype: str, in_flight: int, scale: float, repeats: int, vllm: bool) -> dict[str, Any]:
+    """One cell of the throughput table."""
+    jobs = make_jobs(subject.vocab_size, in_flight, scale)
+    makers: list[Callable[[Path, str, int], Engine]] = [DrexEngine, TransformersEngine]
+    engines = [make(subject.folder, dtype, in_flight) for make in makers]
+    served = VllmEngine.start(subject.folder, dtype, in_flight, jobs) if vllm else None
+    if isinstance(served, VllmEngine):
+        engines.append(served)
+    try:
+        outcomes = take_turns(engines, jobs, in_flight, repeats)
+    finally:
+        if isinstance(served, VllmEngine):
+            served.close()
+    base = outcomes["drex"]
+    return {
+        "model": subject.name,
+        "kind": subject.kind,
+        "dtype": dtype,
+        "in_flight": in_flight,
+        "requests": len(jobs),
+        "length_scale": scale,
+        "prompt_tokens": sum(len(job.prompt) for job in jobs),
+        "output_tokens": sum(job.wanted for job in jobs),
+        "engines": {
+            engine.name: {**summary(outcomes[engine.name], base), "settings": engine.settings} for engine in engines
+        },
+        "vllm_failed": served if isinstance(served, str) else None,
+        "own_time": own_time(base),
+    }
+
+
+def summary(outcomes: list[Outcome], drex: list[Outcome]) -> dict[str, Any]:
+    """One engine's throughput; `drex_ratio` is how many times as fast drex is, and `drex_ratios` those of each turn."""
+    speeds = [outcome.tokens_per_second for outcome in outcomes]
+    ratios = [ours.tokens_per_second / speed for ours, speed in zip(drex, speeds, strict=True)]
+    same = [
+        a == b
+        for ours, theirs in zip(drex, outcomes, strict=True)
+        for a, b in zip(ours.outputs, theirs.outputs, strict=True)
+    ]
+    return {
+        "tokens_per_second": statistics.median(speeds),
+        "each": speeds,
+        "computed_tokens_per_second": statistics.median(o.computed / o.seconds for o in outcomes),
+        "drex_ratio": statistics.median(ratios),
+        "drex_ratios": ratios,
+        "requests_equal_to_drex": sum(same) / len(same),
+    }
+
+
+def own_time(outcomes: list[Outcome]) -> dict[str, float]:
+    """drex's time outside of the model: scheduling, bookkeeping, text and sampling, of all its time in passes."""
+    own, judge, executor, passes = (
+        sum(outcome.own[key] for outcome in outcomes) for key in ("own", "judge", "executor", "passes")
+    )
+    return {
+        "share": (own + judge) / (own + executor),
+        "engine_ms_per_pass": 1e3 * own / passes,
+        "sampling_ms_per_pass": 1e3 * judge / passes,
+        "pass_ms": 1e3 * (own + executor) / passes,
+        "passes": passes,
+    }
+
+
+def measure(options: argparse.Namespace, scratch: Path, found: dict[str, Any]) -> None:
+    """Fill in `found` as the numbers come."""
+    no_vllm = missing_vllm()
+    if no_vllm:
+        found["skipped"].append({"what": "vllm", "reason": no_vllm})
+    for name in options.models:
+        try:
+            subject = prepare(name, scratch)
+        except FileNotFoundError as error:
+            found["skipped"].append({"what": name, "reason": str(error)})
+            continue
+        for dtype in options.dtypes:
+            console.print(f"{name} {dtype}: memory")
+            entry = memory.measure(subject.folder, dtype)
+            found["memory"].append({"model": name, "kind": subject.kind, "dtype": dtype, **entry})
+            for in_flight in options.in_flight:
+                scale = length_scale(options, dtype)
+                console.print(f"{name} {dtype}, {in_flight} in flight, lengths times {scale:g}")
+                cell = compare(subject, dtype, in_flight, scale, options.repeats, vllm=not no_vllm)
+                found["throughput"].append(cell)
+                if cell["vllm_failed"]:
+                    where = f"vllm on {name} {dtype}, {in_flight} in flight"
+                    found["skipped"].append({"what": where, "reason": cell["vllm_failed"]})
+        if name == "bundled":
+            console.print("bundled: K/V saved by fills")
+            output = max(8, round(KV_OUTPUT * (QUICK_SCALE if options.quick else 1)))
+            found["kv_saved"] = kv_saved.measure(subject.folder, "float32", KV_REQUESTS, KV_PROMPT, output)
+    if "bundled" not in options.models:
+        found["skipped"].append({"what": "K/V saved by fills", "reason": "the bundled model was not asked for"})
+
+
+def main() -> None:
+    """Run, print, write."""
+    options = arguments()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(options.threads)
+    found: dict[str, Any] = {
+        "benchmark": "engine",
+        **machine.describe(),
+        "settings": {
+            "prompt_tokens": PROMPT_TOKENS,
+            "output_tokens": OUTPUT_TOKENS,
+            "repeats": options.repeats,
+            "quick": options.quick,
+            "sampling": "greedy, end tokens ignored, the same jobs for every engine",
+        },
+        "skipped": [],
+        "throughput": [],
+        "memory": [],
+        "kv_saved": [],
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        measure(options, Path(scratch), found)
+    print_report(found, console)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The bundled model: small, loads everywhere, and exits as its documentation says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from drex import LLM, EarlyExit, SamplingParams
+from drex.compute.load import find_model
+from drex.tuning.corpus import split_held_out, standard_library
+from drex.tuning.evaluate import evaluate, held_out_blocks
+
+PROMPTS = ["def __init__(self, name):\n", "import os\nimport sys\n\n", "class TestCase(unittest.TestCase):\n    def test_"]
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(dtype="float32")
+
+
+def test_it_fits_in_the_package() -> None:
+    files = [path for path in find_model(None).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 32 * 2**20
+
+
+def test_it_exits_early_often_and_loses_little(llm: LLM) -> None:
+    documents = split_held_out(standard_library(), 0.02)[1]
+    if len(documents) < 10:
+        pytest.skip("this Python came without the sources of its standard library")
+    blocks = held_out_blocks(llm, documents, 12_000)
+    threshold = llm.model.exits.rule.thresholds[0]
+    assert threshold is not None
+    (_, shipped) = evaluate(llm, blocks, [threshold])
+    assert shipped.exit_share >= 0.4
+    assert shipped.loss_ratio <= 1.02
+
+
+def test_full_depth_is_what_transformers_generates(llm: LLM) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(find_model(None), dtype=torch.float32)
+    for output in llm.generate(
+        PROMPTS, SamplingParams(temperature=0.0, max_tokens=40, early_exit=EarlyExit.off()), use_tqdm=False
+    ):
+        prompt = list(output.prompt_token_ids)
+        wanted = plain.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=0)
+        assert output.outputs[0].token_ids == wanted[0, len(prompt) :].tolist()[: len(output.outputs[0].token_ids)]
+
+
+def test_served_early_exit_is_what_score_says_of_the_same_text() -> None:
+    llm = LLM(dtype="float64", early_exit=EarlyExit(kv_fill="recompute"))
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    for output in llm.generate(PROMPTS[:2], params, use_tqdm=False):
+        sample, prompt = output.outputs[0], output.prompt_token_ids
+        scored = llm.score([*prompt, *sample.token_ids], early_exit=EarlyExit())[0]
+        # A request's first token never exits; a scored text has no such token.
+        assert scored.exit_layers[len(prompt) :] == [token.exit_layer for token in sample.tokens[1:]]
+        wanted = [token.logprob for token in sample.tokens[1:]]
+        assert scored.logprobs[len(prompt) :] == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("fill", ["alias", "mask"])
+def test_alias_and_mask_save_slots(fill: str) -> None:
+    llm = LLM(dtype="float32", early_exit=EarlyExit(kv_fill=fill), max_num_seqs=4)
+    chunks = llm.stream(PROMPTS, SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True))
+    layers = llm.model.decoder.spec.num_layers
+    rows = sum(len(llm.encode(prompt)) for prompt in PROMPTS)
+    tokens = skipped = 0
+    for chunk in chunks:
+        tokens += len(chunk.tokens)
+        skipped += sum(layers - token.exit_layer for token in chunk.tokens)
+        if tokens >= 150:
+            break
+    whole = (rows + tokens - len(PROMPTS)) * layers
+    # Live rows may stand at any boundary: up to a depth of slots a request.
+    assert abs(llm.engine.scheduler.pool.in_use - (whole - skipped)) <= layers * len(PROMPTS)
+    assert skipped > 0.1 * whole
+    chunks.close()
+    assert llm.engine.scheduler.pool.in_use == 0
+
+
+def test_assets_hold_nothing_but_the_model() -> None:
+    names = {path.name for path in Path(find_model(None)).iterdir()}
+    assert {"config.json", "model.safetensors", "early_exit.json", "early_exit.safetensors", "tokenizer.json"} <= names
+    assert not names & {"training", "checkpoint.pt"}
