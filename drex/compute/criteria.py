@@ -44,8 +44,8 @@ Criterion = Callable[[Measured, list[int], Sequence[Evaluation]], Tensor]
 
 def max_prob(measured: Measured, rows: list[int], evaluations: Sequence[Evaluation]) -> Tensor:
     """Largest probability (EE-LLM, Chen et al. 2024)."""
-    logits = measured.logits[rows]
-    return (logits.amax(-1) - measured.log_sum_exp[rows]).exp()
+    best = measured.logits.gather(1, measured.argmax[:, None]).squeeze(1)
+    return (best - measured.log_sum_exp).exp()[rows]
 
 
 def margin(measured: Measured, rows: list[int], evaluations: Sequence[Evaluation]) -> Tensor:

@@ -6,13 +6,31 @@ K/V that lie in one run of cells are read as views, the others are gathered.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from drex.compute.kv import KVPool
-from drex.control.plan import Context, Run, Scattered, Span
+from drex.control.plan import Context, Run, Span
+
+Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """One span's part: its rows in the queries, what they see, and its K/V by part.
+
+    `parts` has, for each part, either (keys, values), each a view a plane of shape (1, kv_heads, entries, head_dim), or
+    (entries, own) to gather from.
+    """
+
+    start: int
+    stop: int
+    mask: Tensor | None
+    parts: tuple[Views | tuple[Tensor, Tensor], ...]
+    runs: tuple[bool, ...]
 
 
 class TorchAttention:
@@ -26,58 +44,64 @@ class TorchAttention:
 
     def __init__(self, pool: KVPool, spans: Sequence[Span], heads: int, kv_heads: int) -> None:
         self.pool, self.heads, self.kv_heads = pool, heads, kv_heads
-        self._spans: list[tuple[int, int, tuple[Context, ...], Tensor | None]] = []
-        self._gathers: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        device = pool.keys.device
+        self._readers: list[_Reader] = []
         start = 0
         for span in spans:
             if not len(span.full):
                 continue
             stop = start + len(span.full)
-            self._spans.append((start, stop, span.context, _mask(span, device)))
-            for part, context in enumerate(span.context):
-                if isinstance(context, Scattered):
-                    entries = torch.from_numpy(context.entries).to(device)
-                    own = torch.from_numpy(~context.aliased).to(device)
-                    self._gathers[len(self._spans) - 1, part] = entries, own
+            runs = tuple(isinstance(context, Run) for context in span.context)
+            parts = tuple(self._part(context) for context in span.context)
+            self._readers.append(_Reader(start, stop, _mask(span, pool.keys.device), parts, runs))
             start = stop
-        self._rows = start
+
+    def _part(self, context: Context) -> Views | tuple[Tensor, Tensor]:
+        if isinstance(context, Run):
+            return _views(self.pool.keys, context), _views(self.pool.values, context)
+        device = self.pool.keys.device
+        return torch.from_numpy(context.entries).to(device), torch.from_numpy(~context.aliased).to(device)
 
     def forward(self, part: int, plane: int, queries: Tensor) -> Tensor:
         """Shapes: queries (rows, heads, head_dim) -> (rows, heads * head_dim)."""
-        head_dim = queries.shape[-1]
-        out = torch.empty_like(queries)
-        keys, values = self.pool.keys[plane], self.pool.values[plane]
-        slot_size, kv = keys.stride(0), self.kv_heads
-        group = self.heads // kv
-        for number, (start, stop, contexts, mask) in enumerate(self._spans):
-            context = contexts[part]
-            rows = stop - start
-            if isinstance(context, Run):
-                # as_strided makes the (1, kv_heads, entries, head_dim) view in one step: this loop is the hot path.
-                size, stride = (1, kv, context.count, head_dim), (0, head_dim, slot_size, 1)
-                k = keys.as_strided(size, stride, keys.storage_offset() + context.start * slot_size)
-                v = values.as_strided(size, stride, values.storage_offset() + context.start * slot_size)
+        rows, _, head_dim = queries.shape
+        # The query heads of a group share K/V: for a single row they are its group's queries, and no mask is needed.
+        single = queries.reshape(rows, 1, self.kv_heads, self.heads // self.kv_heads, head_dim).unbind(0)
+        out = []
+        for reader in self._readers:
+            k, v = self._keys_values(reader, part, plane)
+            if reader.stop - reader.start == 1 and reader.mask is None:
+                attended = F.scaled_dot_product_attention(single[reader.start], k, v)
             else:
-                k, v = self._gather(number, part, plane)
-            if rows == 1 and mask is None:
-                # The query heads of a group share K/V: they are this group's queries, and no mask is needed.
-                q = queries[start].view(1, kv, group, head_dim)
-                out[start] = F.scaled_dot_product_attention(q, k, v).view(self.heads, head_dim)
-                continue
-            q = queries[start:stop].transpose(0, 1).unsqueeze(0)
-            attended = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=group > 1
-            )
-            out[start:stop] = attended[0].transpose(0, 1)
-        return out.view(self._rows, self.heads * head_dim)
+                q = queries[reader.start : reader.stop].transpose(0, 1).unsqueeze(0)
+                causal = reader.mask is None
+                grouped = self.heads != self.kv_heads
+                attended = F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=reader.mask, is_causal=causal, enable_gqa=grouped
+                ).transpose(1, 2)
+            out.append(attended.reshape(-1, self.heads * head_dim))
+        return torch.cat(out) if out else queries.new_empty(0, self.heads * head_dim)
 
-    def _gather(self, number: int, part: int, plane: int) -> tuple[Tensor, Tensor]:
-        entries, own = self._gathers[number, part]
-        slots = torch.where(own, entries + plane * self.pool.num_cells, entries)
+    def _keys_values(self, reader: _Reader, part: int, plane: int) -> tuple[Tensor, Tensor]:
+        first, second = reader.parts[part]
+        if reader.runs[part]:
+            return first[plane], second[plane]
+        assert isinstance(first, Tensor)
+        assert isinstance(second, Tensor)
+        slots = torch.where(second, first + plane * self.pool.num_cells, first)
         k = self.pool.keys.flatten(0, 1).index_select(0, slots)
         v = self.pool.values.flatten(0, 1).index_select(0, slots)
         return k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
+
+
+def _views(memory: Tensor, run: Run) -> tuple[Tensor, ...]:
+    """A run's entries at every plane, each (1, kv_heads, entries, head_dim), made in one step.
+
+    memory: (planes, cells, kv_heads, head_dim).
+    """
+    planes, _, kv_heads, head_dim = memory.shape
+    plane, cell, head, _ = memory.stride()
+    size, stride = (planes, 1, kv_heads, run.count, head_dim), (plane, 0, head, cell, 1)
+    return memory.as_strided(size, stride, memory.storage_offset() + run.start * cell).unbind(0)
 
 
 def _mask(span: Span, device: torch.device) -> Tensor | None:
