@@ -118,7 +118,7 @@ def _serve(llm: Any, jobs: list[Job], params: SamplingParams, writer: _JsonWrite
         job.tokens.extend(chunk.tokens)
         job.finish_reason, job.error = chunk.finish_reason, chunk.error
         job.seconds = time.perf_counter() - started
-        if current is job:
+        if current is not None and job is current:
             writer.progress(job)
         while current is not None and (current.error is not None or current.finish_reason is not None):
             writer.finish(current)

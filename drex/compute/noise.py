@@ -53,4 +53,5 @@ def _signed(value: int) -> int:
 
 def _shift_right(state: Tensor, bits: int) -> Tensor:
     """Logical shift of int64."""
-    return (state >> bits) & (2 ** (64 - bits) - 1)
+    shifted: Tensor = (state >> bits) & (2 ** (64 - bits) - 1)
+    return shifted
