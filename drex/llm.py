@@ -11,7 +11,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from drex.compute.load import LoadedModel, load_model
+from drex.compute.load import LoadedModel, inspect_model, load_model
 from drex.compute.segments import SegmentRunner
 from drex.config import EarlyExit, EngineConfig, ExitRule
 from drex.control.scheduler import Scheduler
@@ -75,7 +75,8 @@ class LLM:
             flush_share=flush_share,
             policy=policy,
         )
-        self.model: LoadedModel = load_model(model, early_exit, dtype, device, exits_off=policy == "full")
+        exits = EarlyExit.off() if policy == "full" else early_exit
+        self.model: LoadedModel = load_model(inspect_model(model, exits, dtype, device))
         self.config = _fit(asked, self.model, max_model_len)
         self.tokenizer = _load_tokenizer(self.model.folder if tokenizer is None else Path(tokenizer))
         assert self.config.kv_cache_tokens is not None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +18,9 @@ from drex.cli.common import (
     early_exit_from,
 )
 
+if TYPE_CHECKING:
+    from drex.compute.load import ModelFacts
+
 MEBIBYTE = 2**20
 
 
@@ -32,43 +34,46 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show a model's segments, exits, sizes and K/V memory."""
-    from drex.compute.load import load_model
+    from drex.compute.load import inspect_model
 
-    loaded = load_model(model, early_exit_from(exits, thresholds, criterion, kv_fill, False), dtype, "cpu")
-    facts = describe(loaded)
+    facts = describe(inspect_model(model, early_exit_from(exits, thresholds, criterion, kv_fill, False), dtype, "auto"))
     if as_json:
         typer.echo(json.dumps(facts))
     else:
         _print(facts)
 
 
-def describe(loaded: Any) -> dict[str, Any]:
-    """The facts as JSON-ready values; sizes in bytes."""
-    spec, decoder, plan = loaded.decoder.spec, loaded.decoder, loaded.exits
-    slot = spec.kv_values_per_slot * decoder.embedding.element_size()
-    edges = [0, *plan.layers, spec.num_layers]
+def describe(found: ModelFacts) -> dict[str, Any]:
+    """The facts as JSON-ready values; sizes in bytes, as they are once loaded. No weights are read."""
+    from drex.compute.weights import TensorFiles
+
+    spec, plan, size = found.spec, found.exits, found.dtype.itemsize
+    slot = spec.kv_values_per_slot * size
     segments: list[dict[str, Any]] = []
-    for number, (first, last) in enumerate(pairwise(edges)):
-        entry: dict[str, Any] = {"layers": [first + 1, last], "kv_bytes_per_token": slot * (last - first)}
+    first = 0
+    for number, length in enumerate(found.layout.lengths):
+        entry: dict[str, Any] = {"layers": [first + 1, first + length], "kv_bytes_per_token": slot * length}
         if number < len(plan.exits):
             entry |= {"head": plan.exits[number].head, "threshold": plan.rule.thresholds[number]}
         else:
             entry |= {"head": "final", "threshold": None}
         segments.append(entry)
-    heads = sum(p.numel() * p.element_size() for head, _ in loaded.heads for p in head.parameters())
+        first += length
+    parameters = TensorFiles(found.folder).numel()
+    head_files = sorted({spec.weights for spec in plan.exits if spec.weights})
     return {
-        "model": str(loaded.folder.name),
+        "model": found.folder.name,
         "type": spec.model_type,
-        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "dtype": str(found.dtype).removeprefix("torch."),
         "layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
         "heads": spec.num_heads,
         "kv_heads": spec.num_kv_heads,
         "vocab_size": spec.vocab_size,
         "max_model_len": spec.max_length,
-        "parameters": decoder.weight_bytes // decoder.embedding.element_size(),
-        "weight_bytes": decoder.weight_bytes,
-        "exit_head_bytes": heads,
+        "parameters": parameters,
+        "weight_bytes": parameters * size,
+        "exit_head_bytes": TensorFiles(found.folder, head_files).numel() * size,
         "criterion": plan.rule.criterion,
         "kv_fill": plan.kv_fill,
         "segments": segments,

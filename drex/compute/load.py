@@ -31,12 +31,7 @@ class LoadedModel:
     decoder: Decoder
     heads: tuple[tuple[ExitHead, tuple[Tensor, Tensor] | None], ...]
     exits: ExitPlan
-
-    @property
-    def layout(self) -> SlotLayout:
-        """Layers of each segment."""
-        edges = (0, *self.exits.layers, self.decoder.spec.num_layers)
-        return SlotLayout(tuple(b - a for a, b in pairwise(edges)))
+    layout: SlotLayout
 
 
 def find_model(model: str | Path | None) -> Path:
@@ -90,24 +85,44 @@ def pick_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dtype
     return made
 
 
-def load_model(
-    model: str | Path | None, early_exit: EarlyExit | None, dtype: str, device: str, *, exits_off: bool = False
-) -> LoadedModel:
-    """Load a model with the exit points that `early_exit` and its `early_exit.json` resolve to.
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before its weights are read."""
 
-    Args:
-        exits_off: no exit points, whatever else is asked for (policy `full`).
+    folder: Path
+    spec: ModelSpec
+    exits: ExitPlan
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def layout(self) -> SlotLayout:
+        """Layers of each segment."""
+        edges = (0, *self.exits.layers, self.spec.num_layers)
+        return SlotLayout(tuple(b - a for a, b in pairwise(edges)))
+
+
+def inspect_model(model: str | Path | None, early_exit: EarlyExit | None, dtype: str, device: str) -> ModelFacts:
+    """Find a model and resolve its exit points from `early_exit` and its `early_exit.json`.
 
     Raises:
         ValueError: what is missing, corrupt or not supported, and what to do about it.
     """
     folder = find_model(model)
     spec = ModelSpec.from_folder(folder)
-    recorded = read_early_exit(folder, spec.num_layers)
-    exits = resolve_exits(EarlyExit.off() if exits_off else early_exit, recorded, spec.num_layers)
+    exits = resolve_exits(early_exit, read_early_exit(folder, spec.num_layers), spec.num_layers)
     on = pick_device(device)
-    in_dtype = pick_dtype(dtype, spec, on)
-    heads = tuple(load_exit_head(folder, spec, exit_spec, on, in_dtype) for exit_spec in exits.exits)
-    if exits.rule.criterion == "probe" and any(probe is None for _, probe in heads):
+    return ModelFacts(folder, spec, exits, on, pick_dtype(dtype, spec, on))
+
+
+def load_model(facts: ModelFacts) -> LoadedModel:
+    """Read the weights, onto the device.
+
+    Raises:
+        ValueError: weights that are missing or corrupt, or exits without the probes that their criterion takes.
+    """
+    folder, spec, on, dtype = facts.folder, facts.spec, facts.device, facts.dtype
+    heads = tuple(load_exit_head(folder, spec, exit_spec, on, dtype) for exit_spec in facts.exits.exits)
+    if facts.exits.rule.criterion == "probe" and any(probe is None for _, probe in heads):
         raise ValueError("criterion 'probe' needs exits.N.probe.weight and .bias in the exit weights of every exit")
-    return LoadedModel(folder, load_decoder(folder, spec, on, in_dtype), heads, exits)
+    return LoadedModel(folder, load_decoder(folder, spec, on, dtype), heads, facts.exits, facts.layout)

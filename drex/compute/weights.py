@@ -5,6 +5,7 @@ Each tensor is read from its own short-lived mapping, so that the peak is the we
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -51,6 +52,14 @@ class TensorFiles:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    def numel(self) -> int:
+        """Numbers that all tensors hold together, from the files' headers."""
+
+        def count(file: safe_open) -> int:
+            return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+
+        return sum(_open(path, count) for path in sorted(set(self._file_of.values())))
 
     def read(self, name: str, shape: Sequence[int], out: Tensor) -> None:
         """Copy one tensor into `out`, converting its dtype; raises ValueError if it is missing or of another shape."""
