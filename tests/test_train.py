@@ -173,7 +173,7 @@ def test_bad_places_and_texts_are_refused(tmp_path: Path, trained: tuple[Path, t
 
 
 def test_documents_blocks_and_their_order(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("alpha beta")
+    (tmp_path / "a.txt").write_text("alpha beta gamma delta " * 8)
     (tmp_path / "b.jsonl").write_text('{"id": "x", "text": "gamma"}\n')
     (tmp_path / "c.bin").write_text("ignored")
     documents = read_documents([tmp_path])
