@@ -13,7 +13,7 @@ from drex.compute.load import find_model
 from drex.tuning.corpus import split_held_out, standard_library
 from drex.tuning.evaluate import evaluate, held_out_blocks
 
-PROMPTS = ["def __init__(self, name):\n", "import os\nimport sys\n\n", "class TestCase(unittest.TestCase):\n    def test_"]
+PROMPTS = ["def __init__(self, name):\n", "import os\nimport sys\n\n", "class Test(unittest.TestCase):\n    def test_"]
 
 
 @pytest.fixture(scope="module")
