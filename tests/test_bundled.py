@@ -63,7 +63,7 @@ def test_served_early_exit_is_what_score_says_of_the_same_text() -> None:
 @pytest.mark.parametrize("fill", ["alias", "mask"])
 def test_alias_and_mask_save_slots(fill: str) -> None:
     llm = LLM(dtype="float32", early_exit=EarlyExit(kv_fill=fill), max_num_seqs=4)
-    chunks = llm.stream(PROMPTS, SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True))
+    chunks = llm.stream(PROMPTS, SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True))
     layers = llm.model.decoder.spec.num_layers
     rows = sum(len(llm.encode(prompt)) for prompt in PROMPTS)
     tokens = skipped = 0
