@@ -24,7 +24,7 @@ def held_out_prompts(llm: LLM, count: int, length: int) -> list[list[int]]:
     assert llm.tokenizer is not None
     _, held_out = split_held_out(standard_library(), HELD_OUT_SHARE)
     # A token is a character at least, and seldom more than 20.
-    ids = (llm.encode(document.text[: 20 * length]) for document in held_out)
+    ids = (llm.intake.encode(document.text[: 20 * length]) for document in held_out)
     long_enough = [tokens[:length] for tokens in ids if len(tokens) >= length]
     return long_enough[:: max(1, len(long_enough) // count)][:count]
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from drex.compute.load import LoadedModel, inspect_model, load_model
 from drex.compute.segments import SegmentRunner
-from drex.config import EarlyExit, EngineConfig, ExitRule
+from drex.config import EarlyExit, EngineConfig
 from drex.control.scheduler import Scheduler
 from drex.engine.engine import Emitted, Engine
 from drex.engine.executor import TorchExecutor
+from drex.intake import Intake, Message, Prompt, load_tokenizer
 from drex.outputs import Chunk, CompletionOutput, ExitStats, RequestOutput, Scored
 from drex.request import Request, SamplingParams
 
 DEFAULT_KV_BYTES = 2**30
-Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
 
 
 class LLM:
@@ -78,7 +75,7 @@ class LLM:
         exits = EarlyExit.off() if policy == "full" else early_exit
         self.model: LoadedModel = load_model(inspect_model(model, exits, dtype, device))
         self.config = _fit(asked, self.model, max_model_len)
-        self.tokenizer = _load_tokenizer(self.model.folder if tokenizer is None else Path(tokenizer))
+        self.tokenizer = load_tokenizer(self.model.folder if tokenizer is None else Path(tokenizer))
         assert self.config.kv_cache_tokens is not None
         layout = self.model.layout
         scheduler = Scheduler(self.config, layout, self.model.exits.kv_fill)
@@ -91,7 +88,7 @@ class LLM:
             self.config.max_model_len,
         )
         self.engine = Engine(scheduler, TorchExecutor(self._runner), self.tokenizer)
-        self._arrivals = 0
+        self.intake = Intake(self.model, self.config, self.tokenizer, scheduler.check_fits)
         self._inboxes: dict[str, list[Emitted]] = {}
 
     # Generation
@@ -115,7 +112,7 @@ class LLM:
         """
         listed = _listed(prompts)
         params = _spread(sampling_params, len(listed))
-        groups = [self._requests(prompt, p) for prompt, p in zip(listed, params, strict=True)]
+        groups = [self.intake.requests(prompt, p) for prompt, p in zip(listed, params, strict=True)]
         done = self._run([request for group in groups for request in group], progress=use_tqdm and len(listed) > 1)
         return [self._output(prompt, group, done) for prompt, group in zip(listed, groups, strict=True)]
 
@@ -134,23 +131,8 @@ class LLM:
         if not messages:
             raise ValueError("messages is empty: give at least one")
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
-        prompts = [self.chat_prompt(conversation) for conversation in conversations]  # type: ignore[arg-type]
+        prompts = [self.intake.chat_prompt(conversation) for conversation in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
-
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation under the model's chat template, ready for the assistant's turn."""
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise ValueError("the model has no chat template: use generate, or set chat_template in its tokenizer")
-        if not messages:
-            raise ValueError("messages is empty: give at least one")
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
-            )
-        except Exception as error:  # the template is a program of the model's author: it may raise anything
-            raise ValueError(f"the chat template does not take these messages: {error}") from error
-        assert isinstance(ids, list)
-        return [int(token) for token in ids]  # type: ignore[arg-type]
 
     def stream(
         self,
@@ -166,7 +148,7 @@ class LLM:
         """
         listed = _listed(prompts)
         params = _spread(sampling_params, len(listed))
-        groups = [self._requests(prompt, p) for prompt, p in zip(listed, params, strict=True)]
+        groups = [self.intake.requests(prompt, p) for prompt, p in zip(listed, params, strict=True)]
         return self._stream({r.request_id: (number, r) for number, group in enumerate(groups) for r in group})
 
     def _stream(self, left: dict[str, tuple[int, Request]]) -> Iterator[Chunk]:
@@ -205,7 +187,7 @@ class LLM:
 
     def check(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[int]:
         """The token ids of a prompt that can be served; raises ValueError, naming the remedy, for one that can't."""
-        return list(self._requests(prompt, sampling_params or SamplingParams())[0].prompt)
+        return list(self.intake.requests(prompt, sampling_params or SamplingParams())[0].prompt)
 
     def score(
         self,
@@ -226,13 +208,7 @@ class LLM:
             ValueError: a sequence that is too short, too long, or has a token id outside of the vocabulary.
         """
         sequences: list[Any] = list(token_ids) if token_ids and not isinstance(token_ids[0], int) else [token_ids]
-        for ids in sequences:
-            if len(ids) < 2:
-                raise ValueError(f"scoring takes at least 2 tokens, got {len(ids)}")
-            self._check_tokens(ids, len(ids))
-        rule = self._rule(EarlyExit.off() if early_exit is None else early_exit)
-        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
-        requests = [self._request(ids, params, rule, sample=0, seed=0, score_rule=rule) for ids in sequences]
+        requests = [self.intake.scoring(ids, early_exit) for ids in sequences]
         done = self._run(requests, progress=use_tqdm and len(requests) > 1, text="scoring")
         return [self._scored(request, done[request.request_id]) for request in requests]
 
@@ -246,91 +222,6 @@ class LLM:
             confidences=[token.confidence for token in tokens],
             best=[token.top_logprobs[0][0] for token in tokens],
         )
-
-    # Requests
-
-    def _requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
-        """The n samples of a prompt as requests; raises ValueError if they can't be served."""
-        ids = self.encode(prompt)
-        room = self.config.max_model_len - len(ids)
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens and max_model_len is {self.config.max_model_len}: shorten the "
-                "prompt so that at least one token can follow, or raise max_model_len"
-            )
-        self._check_tokens(ids, self.config.max_model_len)
-        for name, tokens in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids or ())):
-            outside = [token for token in tokens if not 0 <= token <= self._last_token]
-            if outside:
-                raise ValueError(f"{name} has token {outside[0]}: the vocabulary has ids 0..{self._last_token}")
-        rule = self._rule(params.early_exit)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        params = replace(params, max_tokens=min(params.max_tokens, room), min_tokens=min(params.min_tokens, room))
-        requests = []
-        for sample in range(params.n):
-            scored = params.prompt_logprobs is not None and sample == 0
-            score_rule = self.model.exits.rule_for(EarlyExit.off()) if scored else None
-            requests.append(self._request(ids, params, rule, sample, seed, score_rule))
-        self.engine.scheduler.check_fits(requests[0])
-        return requests
-
-    def _rule(self, early_exit: EarlyExit | None) -> ExitRule:
-        """The exit rule of a request; raises ValueError if this model can't follow it."""
-        rule = self.model.exits.rule_for(early_exit)
-        if rule.criterion == "probe" and any(probe is None for _, probe in self.model.heads):
-            raise ValueError("criterion 'probe': this model has no probes; choose another criterion")
-        return rule
-
-    def _request(
-        self,
-        ids: Sequence[int],
-        params: SamplingParams,
-        rule: ExitRule,
-        sample: int,
-        seed: int,
-        score_rule: ExitRule | None,
-    ) -> Request:
-        self._arrivals += 1
-        return Request(
-            request_id=f"request-{self._arrivals}",
-            prompt=tuple(ids),
-            params=params,
-            rule=rule,
-            seed=seed,
-            eos_token_ids=self.model.decoder.spec.eos_token_ids,
-            num_segments=len(self.model.layout.lengths),
-            arrival=self._arrivals,
-            sample=sample,
-            score_rule=score_rule,
-        )
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, special tokens as the tokeniser adds them; ids pass through.
-
-        Raises:
-            ValueError: an empty prompt, or text without a tokeniser.
-        """
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("the model folder has no tokeniser: give prompts as token ids, or name a tokenizer")
-            ids = self.tokenizer(prompt)["input_ids"]
-            assert isinstance(ids, list)
-        else:
-            ids = list(prompt)
-        if not ids:
-            raise ValueError("the prompt is empty: give at least one token")
-        return ids
-
-    @property
-    def _last_token(self) -> int:
-        return self.model.decoder.spec.vocab_size - 1
-
-    def _check_tokens(self, ids: Sequence[int], length: int) -> None:
-        if length > self.config.max_model_len:
-            raise ValueError(f"{length} tokens, and max_model_len is {self.config.max_model_len}: shorten the text")
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= self._last_token:
-                raise ValueError(f"token id {token!r}: the vocabulary has ids 0..{self._last_token}")
 
     def _run(self, requests: list[Request], *, progress: bool, text: str = "generating") -> dict[str, CompletionOutput]:
         """Serve requests to the end; on any interruption those that are left are aborted."""
@@ -375,16 +266,6 @@ def _fit(asked: EngineConfig, model: LoadedModel, max_model_len: int | None) -> 
         size = model.decoder.embedding.element_size() * spec.kv_values_per_slot * spec.num_layers
         tokens = max(length, min(asked.max_num_seqs * length, DEFAULT_KV_BYTES // size))
     return replace(asked, max_model_len=length, kv_cache_tokens=tokens)
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return None
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{folder}: the tokeniser can't be loaded ({error}); fetch the model again") from error
-    return tokenizer
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

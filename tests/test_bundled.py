@@ -65,7 +65,7 @@ def test_alias_and_mask_save_slots(fill: str) -> None:
     llm = LLM(dtype="float32", early_exit=EarlyExit(kv_fill=fill), max_num_seqs=4)
     chunks = llm.stream(PROMPTS, SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True))
     layers = llm.model.decoder.spec.num_layers
-    rows = sum(len(llm.encode(prompt)) for prompt in PROMPTS)
+    rows = sum(len(llm.intake.encode(prompt)) for prompt in PROMPTS)
     tokens = skipped = 0
     for chunk in chunks:
         tokens += len(chunk.tokens)

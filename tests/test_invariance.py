@@ -167,7 +167,7 @@ def run_schedule(llm: LLM, schedule: Schedule, criterion: str, wanted: Expected)
                 params = SamplingParams(
                     **{**vars(ask.params), "early_exit": early_exit(ask, schedule.exits, criterion)}
                 )
-                (request,) = llm._requests(ask.prompt, params)
+                (request,) = llm.intake.requests(ask.prompt, params)
                 request.priority = ask.priority
                 number_of[request.request_id] = number
                 llm.engine.add(request)

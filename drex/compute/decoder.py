@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from drex.compute.spec import ModelSpec
 
@@ -72,11 +72,10 @@ class Decoder:
 
     def rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
         """(cos, sin) for positions 0 … length - 1, each (length, head_dim / 2), as transformers computes them."""
-        rotary = LlamaRotaryEmbedding(config=self.spec.config)  # type: ignore[arg-type]
-        inv_freq = rotary.inv_freq.float().to(self.device)
-        angles = torch.arange(length, device=self.device, dtype=torch.float32)[:, None] * inv_freq[None]
-        scaling = float(rotary.attention_scaling)
-        return (angles.cos() * scaling).to(self.dtype), (angles.sin() * scaling).to(self.dtype)
+        inv_freq, scaling = _rotary_frequencies(self.spec)
+        angles = torch.arange(length, dtype=torch.float32)[:, None] * inv_freq[None]
+        cos, sin = angles.cos() * scaling, angles.sin() * scaling
+        return cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
 
     def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Root-mean-square norm over the last dimension."""
@@ -127,6 +126,17 @@ class Decoder:
         """
         suits = self.dtype == torch.float32 and self.device.type == "cpu"
         return suits and 4 <= rows <= 48 and rows * self.spec.hidden_size >= 4096
+
+
+def _rotary_frequencies(spec: ModelSpec) -> tuple[Tensor, float]:
+    """Inverse frequencies (head_dim / 2,) and the factor on cos and sin, under the checkpoint's rotary scaling."""
+    rope = spec.config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](spec.config, device=torch.device("cpu"))
+        return inv_freq.float(), float(scaling)
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+    return 1.0 / rope["rope_theta"] ** exponents, 1.0
 
 
 def _columns(weight: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:

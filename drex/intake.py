@@ -1,0 +1,158 @@
+"""From what a user asks for to requests that can be served, or a ValueError that names the remedy."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from drex.compute.load import LoadedModel
+from drex.config import EarlyExit, EngineConfig, ExitRule
+from drex.request import Request, SamplingParams
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class Intake:
+    """Makes requests for one model and engine, numbered in order of arrival.
+
+    Args:
+        model: for its vocabulary, exits and end tokens.
+        config: with `max_model_len` resolved.
+        tokenizer: None takes prompts as token ids only.
+        check_fits: raises ValueError for a request that the engine could never serve.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        check_fits: Callable[[Request], None],
+    ) -> None:
+        self.model, self.config, self.tokenizer = model, config, tokenizer
+        self._check_fits = check_fits
+        self._arrivals = 0
+
+    def requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
+        """The n samples of a prompt as requests; raises ValueError if they can't be served."""
+        ids = self.encode(prompt)
+        room = self.config.max_model_len - len(ids)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and max_model_len is {self.config.max_model_len}: shorten the "
+                "prompt so that at least one token can follow, or raise max_model_len"
+            )
+        self._check_tokens(ids, self.config.max_model_len)
+        for name, tokens in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids or ())):
+            outside = [token for token in tokens if not 0 <= token <= self._last_token]
+            if outside:
+                raise ValueError(f"{name} has token {outside[0]}: the vocabulary has ids 0..{self._last_token}")
+        rule = self._rule(params.early_exit)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        params = replace(params, max_tokens=min(params.max_tokens, room), min_tokens=min(params.min_tokens, room))
+        requests = []
+        for sample in range(params.n):
+            scored = params.prompt_logprobs is not None and sample == 0
+            score_rule = self.model.exits.rule_for(EarlyExit.off()) if scored else None
+            requests.append(self._request(ids, params, rule, sample, seed, score_rule))
+        self._check_fits(requests[0])
+        return requests
+
+    def scoring(self, ids: Sequence[int], early_exit: EarlyExit | None) -> Request:
+        """A request that scores a token sequence; None is full depth. Raises ValueError if it can't be served."""
+        if len(ids) < 2:
+            raise ValueError(f"scoring takes at least 2 tokens, got {len(ids)}")
+        self._check_tokens(ids, len(ids))
+        rule = self._rule(EarlyExit.off() if early_exit is None else early_exit)
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+        return self._request(ids, params, rule, sample=0, seed=0, score_rule=rule)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, special tokens as the tokeniser adds them; ids pass through.
+
+        Raises:
+            ValueError: an empty prompt, or text without a tokeniser.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("the model folder has no tokeniser: give prompts as token ids, or name a tokenizer")
+            ids = self.tokenizer(prompt)["input_ids"]
+            assert isinstance(ids, list)
+        else:
+            ids = list(prompt)
+        if not ids:
+            raise ValueError("the prompt is empty: give at least one token")
+        return ids
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation under the model's chat template, ready for the assistant's turn."""
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise ValueError("the model has no chat template: use generate, or set chat_template in its tokenizer")
+        if not messages:
+            raise ValueError("messages is empty: give at least one")
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
+            )
+        except Exception as error:  # the template is a program of the model's author: it may raise anything
+            raise ValueError(f"the chat template does not take these messages: {error}") from error
+        assert isinstance(ids, list)
+        return [int(token) for token in ids]  # type: ignore[arg-type]
+
+    def _rule(self, early_exit: EarlyExit | None) -> ExitRule:
+        """The exit rule of a request; raises ValueError if this model can't follow it."""
+        rule = self.model.exits.rule_for(early_exit)
+        if rule.criterion == "probe" and any(probe is None for _, probe in self.model.heads):
+            raise ValueError("criterion 'probe': this model has no probes; choose another criterion")
+        return rule
+
+    def _request(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        rule: ExitRule,
+        sample: int,
+        seed: int,
+        score_rule: ExitRule | None,
+    ) -> Request:
+        self._arrivals += 1
+        return Request(
+            request_id=f"request-{self._arrivals}",
+            prompt=tuple(ids),
+            params=params,
+            rule=rule,
+            seed=seed,
+            eos_token_ids=self.model.decoder.spec.eos_token_ids,
+            num_segments=len(self.model.layout.lengths),
+            arrival=self._arrivals,
+            sample=sample,
+            score_rule=score_rule,
+        )
+
+    @property
+    def _last_token(self) -> int:
+        return self.model.decoder.spec.vocab_size - 1
+
+    def _check_tokens(self, ids: Sequence[int], length: int) -> None:
+        if length > self.config.max_model_len:
+            raise ValueError(f"{length} tokens, and max_model_len is {self.config.max_model_len}: shorten the text")
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= self._last_token:
+                raise ValueError(f"token id {token!r}: the vocabulary has ids 0..{self._last_token}")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokeniser in a folder, or of a hub id; None for a folder that has none."""
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder}: the tokeniser can't be loaded ({error}); fetch the model again") from error
+    return tokenizer
