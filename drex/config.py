@@ -16,7 +16,7 @@ from drex.checkpoint import (
     check_threshold,
 )
 
-POLICIES = ("drex", "split", "full")
+POLICIES = ("drex", "split", "full", "art", "consensus", "majority", "greedy", "latency_only")
 SCHEDULES = ("constant", "calm_paper", "calm_code")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -109,10 +109,12 @@ class ExitRule:
         base = self.thresholds[exit_index]
         if base is None or base > 1:
             return None
+        if self.schedule == "constant":
+            return base
         decay = math.exp(-4.0 * output_index / max_tokens)
         if self.schedule == "calm_paper":
             return min(1.0, max(0.0, 0.9 * base + 0.1 * decay))
-        return base if self.schedule == "constant" else base * (0.9 + 0.1 * decay)
+        return base * (0.9 + 0.1 * decay)
 
     @property
     def never(self) -> bool:
@@ -224,8 +226,10 @@ class EngineConfig:
         kv_cache_tokens: tokens for which the K/V pool has slots at every layer.
         max_fill_rows: rows that exited and still owe K/V, over all requests; beyond, they are filled.
         max_wait_passes: a row waits in the rebatching buffer for at most this many passes.
-        flush_share: the `drex` policy flushes a buffer when it holds this share of the requests that decode.
-        policy: `drex`, `split` or `full`.
+        max_slowdown: bound on how much longer than at full depth a request may take, as a factor; None: no bound.
+        adaptive: stop checking exits while that does not pay; output then depends on load.
+        policy: `drex` (rebatching), `split` (flush at once), `full` (no exits), or one of the baselines to compare
+            with: `art`, `consensus`, `majority`, `greedy`, `latency_only`.
     """
 
     max_model_len: int
@@ -234,7 +238,8 @@ class EngineConfig:
     kv_cache_tokens: int | None = None
     max_fill_rows: int = 256
     max_wait_passes: int = 32
-    flush_share: float = 0.5
+    max_slowdown: float | None = None
+    adaptive: bool = False
     policy: str = "drex"
 
     def __post_init__(self) -> None:
@@ -245,8 +250,8 @@ class EngineConfig:
             raise ValueError(
                 f"kv_cache_tokens is {self.kv_cache_tokens}: give at least 2, a prompt token and its answer"
             )
-        if not 0 < self.flush_share <= 1:
-            raise ValueError(f"flush_share is {self.flush_share}: give a share in (0, 1]")
+        if self.max_slowdown is not None and not self.max_slowdown >= 1:
+            raise ValueError(f"max_slowdown is {self.max_slowdown}: give a factor from 1 on, or None")
         if self.policy not in POLICIES:
             raise ValueError(f"policy {self.policy!r}: choose one of {', '.join(POLICIES)}")
 

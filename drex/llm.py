@@ -12,12 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from drex.compute.load import LoadedModel, inspect_model, load_model
 from drex.compute.segments import SegmentRunner
 from drex.config import EarlyExit, EngineConfig
+from drex.control.cost import CostModel, Profile
 from drex.control.scheduler import Scheduler
 from drex.engine.engine import Emitted, Engine
 from drex.engine.executor import TorchExecutor
 from drex.intake import Intake, Message, Prompt, load_tokenizer
 from drex.outputs import Chunk, CompletionOutput, ExitStats, RequestOutput, Scored
 from drex.request import Request, SamplingParams
+from drex.tuning.profile_cache import obtain
 
 DEFAULT_KV_BYTES = 2**30
 
@@ -38,7 +40,11 @@ class LLM:
         max_num_batched_tokens: rows a pass may have; longer prompts are chunked.
         kv_cache_tokens: tokens for which there is K/V memory; None is enough for `max_num_seqs` requests of
             `max_model_len`, within 1 GiB.
-        max_fill_rows, max_wait_passes, flush_share: of the rebatching, see `EngineConfig`.
+        max_fill_rows, max_wait_passes, max_slowdown, adaptive: of the rebatching, see `EngineConfig`.
+        profile: what passes cost here. None is the cached profile of this model and machine, or else one that is
+            measured now, in some seconds; `nominal` measures nothing and learns while serving; or a `Profile`, or the
+            file of one.
+        threads: of the CPU; None is what the profile found best, or OMP_NUM_THREADS where that is set.
         tokenizer: folder or hub id, where it is not beside the model.
 
     Raises:
@@ -59,7 +65,10 @@ class LLM:
         kv_cache_tokens: int | None = None,
         max_fill_rows: int = 256,
         max_wait_passes: int = 32,
-        flush_share: float = 0.5,
+        max_slowdown: float | None = None,
+        adaptive: bool = False,
+        profile: Profile | str | Path | None = None,
+        threads: int | None = None,
         tokenizer: str | Path | None = None,
     ) -> None:
         asked = EngineConfig(
@@ -69,7 +78,8 @@ class LLM:
             kv_cache_tokens=kv_cache_tokens,
             max_fill_rows=max_fill_rows,
             max_wait_passes=max_wait_passes,
-            flush_share=flush_share,
+            max_slowdown=max_slowdown,
+            adaptive=adaptive,
             policy=policy,
         )
         exits = EarlyExit.off() if policy == "full" else early_exit
@@ -78,15 +88,16 @@ class LLM:
         self.tokenizer = load_tokenizer(self.model.folder if tokenizer is None else Path(tokenizer))
         assert self.config.kv_cache_tokens is not None
         layout = self.model.layout
-        scheduler = Scheduler(self.config, layout, self.model.exits.kv_fill)
         self._runner = SegmentRunner(
             self.model.decoder,
             self.model.heads,
             layout,
-            scheduler.pool.num_cells,
-            scheduler.arena.capacity,
+            self.config.kv_cache_tokens * layout.cells_per_token,
+            self.config.arena_rows if len(layout.lengths) > 1 else 0,
             self.config.max_model_len,
         )
+        self.profile = obtain(profile, self._runner, self.config, self.model.exits, threads)
+        scheduler = Scheduler(self.config, layout, self.model.exits.kv_fill, CostModel(self.profile))
         self.engine = Engine(scheduler, TorchExecutor(self._runner), self.tokenizer)
         self.intake = Intake(self.model, self.config, self.tokenizer, scheduler.check_fits)
         self._inboxes: dict[str, list[Emitted]] = {}

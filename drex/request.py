@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from drex.config import EarlyExit, ExitRule
+from drex.control.plan import Draws
 
 MAX_LOGPROBS = 20
 LARGEST = 2**53
@@ -37,6 +38,9 @@ class SamplingParams:
         seed: of the noise, which is a pure function of (seed, sample, position); None draws one per request.
         logprobs, prompt_logprobs: how many most likely tokens to report beside the token itself.
         early_exit: overrides the engine's thresholds, criterion, schedule and allowed exits.
+        priority: smaller numbers are served first, and lose their K/V last when it runs short.
+        ttft_ms, tpot_ms, itl_ms: targets in milliseconds: for the first token, for the mean time of those after it, and
+            for each gap between two. Met where they can be; what can't be is counted.
 
     Raises:
         ValueError: a value out of range, naming the range.
@@ -62,6 +66,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     early_exit: EarlyExit | None = None
+    priority: int = 0
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    itl_ms: float | None = None
 
     def __post_init__(self) -> None:
         checks = (
@@ -78,6 +86,10 @@ class SamplingParams:
             (_whole(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "a whole number from 0 on"),
             (_logprobs(self.logprobs), "logprobs", f"a whole number from 0 to {MAX_LOGPROBS}, or None"),
             (_logprobs(self.prompt_logprobs), "prompt_logprobs", f"a whole number from 0 to {MAX_LOGPROBS}, or None"),
+            (_whole(self.priority), "priority", "a whole number"),
+            (_target(self.ttft_ms), "ttft_ms", "milliseconds above 0, or None"),
+            (_target(self.tpot_ms), "tpot_ms", "milliseconds above 0, or None"),
+            (_target(self.itl_ms), "itl_ms", "milliseconds above 0, or None"),
         )
         for good, name, range_ in checks:
             if not good:
@@ -124,6 +136,10 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _target(value: object) -> bool:
+    return value is None or (_number(value) and value > 0)  # type: ignore[operator]
+
+
 def _logprobs(value: object) -> bool:
     return value is None or (isinstance(value, int) and _whole(value) and 0 <= value <= MAX_LOGPROBS)
 
@@ -164,6 +180,10 @@ class Request:
 
     While it runs, `claimed` slots of the pool are spoken for, those of its first `claimed_length` positions.
 
+    `stands_at` is the segment that the live row of a decoding request is to run next (None before it decodes), and
+    `waits_since` (segment, pass) of the buffer that it waits in. Times are the executor's, in seconds; the next token
+    is `due` by the request's own targets, and by `paced_due` under the engine's bound on slowdown.
+
     With a `score_rule` the prompt's own tokens are scored: each prompt row is measured as if it were decoded, and
     exits where that rule says so. Without one, prompt rows run at full depth and are not measured.
     """
@@ -176,11 +196,12 @@ class Request:
     eos_token_ids: frozenset[int]
     num_segments: int
     arrival: int = 0
-    priority: int = 0
     sample: int = 0
     score_rule: ExitRule | None = None
 
     tokens: list[int] = field(init=False)
+    draws: Draws = field(init=False)
+    score_draws: Draws = field(init=False)
     depths: list[int] = field(init=False)
     records: list[TokenRecord] = field(default_factory=list)
     prompt_records: dict[int, TokenRecord] = field(default_factory=dict)
@@ -189,14 +210,38 @@ class Request:
     claimed: int = 0
     claimed_length: int = 0
     in_pass: bool = False
+    stands_at: int | None = None
+    waits_since: tuple[int, int] | None = None
+    arrived_at: float = 0.0
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    due: float = math.inf
+    paced_due: float = 0.0
     abort_asked: FinishReason | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
+        self.draws = self._draws(self.rule)
+        self.score_draws = self._draws(self.score_rule or self.rule)
         self.depths = [self.num_segments] * (len(self.prompt) - 1)
         self.frontiers = [0] * self.num_segments
+
+    def _draws(self, rule: ExitRule) -> Draws:
+        return Draws(rule, self.params, self.seed, self.sample, self.tokens, len(self.prompt))
+
+    def row(self, position: int) -> Undecided:
+        """What is known of a row that is not decided yet."""
+        known = self.undecided.get(position)
+        if known is None:
+            known = self.undecided[position] = Undecided()
+        return known
+
+    @property
+    def priority(self) -> int:
+        """Smaller comes first."""
+        return self.params.priority
 
     @property
     def max_tokens(self) -> int:
@@ -239,7 +284,7 @@ class Request:
 
     def banned(self) -> tuple[int, ...]:
         """Tokens that may not come next, because min_tokens is not reached."""
-        if self.num_output >= self.params.min_tokens:
+        if not self.params.min_tokens or self.num_output >= self.params.min_tokens:
             return ()
         assert isinstance(self.params.stop_token_ids, tuple)
         return tuple(sorted(self.eos_token_ids | set(self.params.stop_token_ids)))

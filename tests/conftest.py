@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from drex.tuning.corpus import Document, train_tokenizer
+from drex.tuning.profile_cache import obtain
 
 torch.set_num_threads(1)
 
@@ -55,6 +56,18 @@ def make_model(config: Any, folder: Path, seed: int = 0, **save: Any) -> Path:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder, **save)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def unmeasured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Engines in this process start from nominal costs, so that tests don't depend on the machine's speed.
+
+    Those in processes of their own keep what they measure in a folder of the tests.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DREX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr("drex.llm.obtain", lambda asked, *rest: obtain("nominal" if asked is None else asked, *rest))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,12 @@ import pytest
 from conftest import CONFIGS, make_model
 
 DREX = str(Path(sys.executable).with_name("drex"))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+SETTINGS = {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
 def drex(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([DREX, *arguments], input=text, capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
+    environment = {**os.environ, **SETTINGS}
+    return subprocess.run([DREX, *arguments], input=text, capture_output=True, text=True, timeout=240, env=environment)
 
 
 def test_many_prompts_as_json_one_bad_among_them(tmp_path: Path) -> None:

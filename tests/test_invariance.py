@@ -6,13 +6,14 @@ policies, chunk sizes, sampling, and pools down to exactly one maximal request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, make_model
+from conftest import COMMON, CONFIGS, make_model
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from reference import Reference, RefToken, Rule
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 
 from drex import LLM, EarlyExit, SamplingParams
 from drex.checkpoint import EXIT_WEIGHTS_FILE, EarlyExitFile, ExitSpec, write_early_exit
+from drex.control.cost import Profile, nominal
 from drex.outputs import CompletionOutput
 from drex.request import Request
 
@@ -60,7 +62,6 @@ class Ask:
     params: SamplingParams
     thresholds: tuple[float | None, ...]
     arrival: int
-    priority: int
     cancelled: int | None
     schedule: str
 
@@ -77,7 +78,8 @@ class Schedule:
     spare_tokens: int
     fill_rows: int
     wait: int
-    share: float
+    cost_factor: float
+    slowdown: float | None
     inspect_at: int = field(default=10**9)
 
 
@@ -100,6 +102,8 @@ def asks(draw: st.DrawFn, exits: tuple[int, ...], typical: float) -> Ask:
         min_tokens=draw(st.integers(0, min(3, max_tokens))),
         ignore_eos=draw(st.booleans()),
         stop_token_ids=[7] if draw(st.integers(0, 4)) == 0 else None,
+        priority=draw(st.integers(0, 1)),
+        tpot_ms=draw(st.sampled_from([None, None, 0.01, 1e6])),
     )
     level = st.sampled_from([typical, typical * 0.7, typical * 1.2, 0.0, 2.0, None])
     return Ask(
@@ -107,7 +111,6 @@ def asks(draw: st.DrawFn, exits: tuple[int, ...], typical: float) -> Ask:
         params=params,
         thresholds=tuple(draw(level) for _ in exits),
         arrival=draw(st.integers(0, 20)),
-        priority=draw(st.integers(0, 1)),
         cancelled=draw(st.one_of(st.none(), st.none(), st.integers(1, 40))),
         schedule=draw(st.sampled_from(["constant", "constant", "calm_paper", "calm_code"])),
     )
@@ -125,9 +128,16 @@ def schedules(draw: st.DrawFn, criterion: str) -> Schedule:
         spare_tokens=draw(st.sampled_from([0, 0, 3, 20, 200])),
         fill_rows=draw(st.sampled_from([1, 3, 64])),
         wait=draw(st.sampled_from([3, 6, 30])),
-        share=draw(st.sampled_from([0.3, 0.7, 1.0])),
+        cost_factor=draw(st.sampled_from([0.01, 1.0, 100.0])),
+        slowdown=draw(st.sampled_from([None, None, 1.0, 2.0])),
         inspect_at=draw(st.integers(3, 60)),
     )
+
+
+def made_up_profile(schedule: Schedule) -> Profile:
+    """Costs that have nothing to do with the machine, so that the rule flushes at odd moments."""
+    bounds = [0, *schedule.exits, COMMON["num_hidden_layers"]]
+    return nominal([stop - start for start, stop in pairwise(bounds)]).scaled(schedule.cost_factor)
 
 
 def early_exit(ask: Ask, exits: tuple[int, ...], criterion: str) -> EarlyExit:
@@ -164,11 +174,8 @@ def run_schedule(llm: LLM, schedule: Schedule, criterion: str, wanted: Expected)
     while len(number_of) < len(schedule.asks) or llm.engine.busy:
         for number, ask in enumerate(schedule.asks):
             if ask.arrival == step:
-                params = SamplingParams(
-                    **{**vars(ask.params), "early_exit": early_exit(ask, schedule.exits, criterion)}
-                )
-                (request,) = llm.intake.requests(ask.prompt, params)
-                request.priority = ask.priority
+                own_exits = early_exit(ask, schedule.exits, criterion)
+                (request,) = llm.intake.requests(ask.prompt, replace(ask.params, early_exit=own_exits))
                 number_of[request.request_id] = number
                 llm.engine.add(request)
         for request_id, number in number_of.items():
@@ -192,7 +199,7 @@ def check_kv(llm: LLM, request: Request, kv: KV) -> None:
     first_layer = 0
     for segment, length in enumerate(scheduler.layout.lengths):
         table = scheduler.placement._tables[request.request_id][segment]
-        cells, aliased = table.cells[:, : table.count], table.aliased[: table.count]
+        cells, aliased = table.cells, table.aliased
         for offset in range(length):
             part, plane = divmod(offset, scheduler.layout.layers_per_cell)
             slots = np.where(aliased, cells[part], cells[part] + plane * scheduler.pool.num_cells)
@@ -243,7 +250,8 @@ def test_engine_equals_reference_under_any_schedule(
             kv_cache_tokens=max(2, largest + schedule.spare_tokens),
             max_fill_rows=schedule.fill_rows,
             max_wait_passes=schedule.wait,
-            flush_share=schedule.share,
+            max_slowdown=schedule.slowdown,
+            profile=made_up_profile(schedule),
         )
         done = run_schedule(llm, schedule, criterion, wanted)
         assert llm.engine.scheduler.pool.in_use == 0

@@ -45,7 +45,7 @@ def test_rows_wait_in_the_arena_untouched(models: dict[str, Path], fill: str) ->
         for span in batch.spans:
             for p, row in zip(span.full.positions, span.full.arena, strict=True):
                 written[span.request_id, int(p)] = runner.arena[int(row)].clone()
-            fills = span.fill.arena.tolist()
+            fills = list(span.fill.arena)
             assert torch.equal(runner.arena[fills], before[fills]), "a fill row keeps its exit state"
         assert runner.arena.data_ptr() == address
         return result

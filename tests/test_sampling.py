@@ -14,7 +14,7 @@ from drex.compute.criteria import Measured
 from drex.compute.noise import GOLDEN, MIX, gumbel, mix, uniform
 from drex.compute.sampler import judge
 from drex.config import ExitRule
-from drex.control.plan import Evaluation, Verdict
+from drex.control.plan import Draws, Evaluation, Verdict
 from drex.engine.detokenizer import Detokenizer
 from drex.llm import LLM
 
@@ -79,13 +79,8 @@ def evaluation(params, history=(0,), prompt_length=1, seed=0, sample=0, banned=(
         row=0,
         position=len(history) - 1,
         threshold=None,
-        rule=ExitRule("max_prob", ()),
+        draws=Draws(ExitRule("max_prob", ()), params, seed, sample, list(history), prompt_length),
         agreeing=(0, 0),
-        params=params,
-        seed=seed,
-        sample=sample,
-        tokens=list(history),
-        prompt_length=prompt_length,
         banned=banned,
     )
 
@@ -465,7 +460,7 @@ def speak(text_model):
         def run(batch):
             return tuple(
                 tuple(
-                    Verdict(ids[e.position + 1 - e.prompt_length], -1.0, 1.0, False, (0, 1), ())
+                    Verdict(ids[e.position + 1 - e.draws.prompt_length], -1.0, 1.0, False, (0, 1), ())
                     for e in span.evaluations
                 )
                 for span in batch.spans

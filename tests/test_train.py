@@ -19,7 +19,8 @@ from drex.tuning.corpus import Blocks, Document, read_documents, split_held_out,
 from drex.tuning.evaluate import evaluate, held_out_blocks, set_threshold
 from drex.tuning.losses import exit_loss_weights
 from drex.tuning.optim import Muon, orthogonalize
-from drex.tuning.train import TrainConfig, train
+from drex.tuning.recipe import TrainConfig
+from drex.tuning.train import train
 
 QUIET = Console(file=io.StringIO())
 

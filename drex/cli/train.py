@@ -48,7 +48,7 @@ def train(
 
     from drex.compute.device import has_fast_bfloat16
     from drex.tuning.corpus import read_documents, standard_library
-    from drex.tuning.train import TrainConfig
+    from drex.tuning.recipe import TrainConfig
     from drex.tuning.train import train as run
 
     if bool(text) == stdlib:

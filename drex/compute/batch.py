@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,39 +18,38 @@ class PassTensors:
     """Index vectors of a pass.
 
     Shapes: tokens (full,) at segment 0, else (0,); arena (full,), fill_arena (fill,); positions (full + fill,);
-    cells (parts, full + fill); evaluated (evaluations,), into the full rows.
+    cells (full + fill,) for each part; evaluated (evaluations,), into the full rows.
     """
 
     tokens: Tensor
     arena: Tensor
     fill_arena: Tensor
     positions: Tensor
-    cells: Tensor
+    cells: list[Tensor]
     evaluated: Tensor
     evaluations: tuple[Evaluation, ...]
 
     @classmethod
     def of(cls, batch: Pass, device: torch.device) -> PassTensors:
         """Put a pass's numbers side by side and on the device."""
-        full, fill = [span.full for span in batch.spans], [span.fill for span in batch.spans if len(span.fill)]
+        spans = batch.spans
+        full, fill = [span.full for span in spans], [span.fill for span in spans if span.fill.size]
         rows = [*full, *fill]
-        starts = np.cumsum([0, *(len(part) for part in full)])
-        evaluated = [
-            int(start) + evaluation.row
-            for start, span in zip(starts, batch.spans, strict=False)
-            for evaluation in span.evaluations
-        ]
+        evaluated: list[int] = []
+        start = 0
+        for span in spans:
+            evaluated.extend([start + evaluation.row for evaluation in span.evaluations])
+            start += span.full.size
 
-        def put(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        def put(parts: Iterable[Sequence[int]]) -> Tensor:
+            return torch.from_numpy(np.array(list(chain.from_iterable(parts)), dtype=np.int64)).to(device)
 
-        none = np.empty(0, dtype=np.int64)
         return cls(
-            tokens=put(np.concatenate([span.tokens for span in batch.spans])),
-            arena=put(np.concatenate([part.arena for part in full])),
-            fill_arena=put(np.concatenate([none, *(part.arena for part in fill)])),
-            positions=put(np.concatenate([part.positions for part in rows])),
-            cells=put(np.concatenate([part.cells for part in rows], axis=1)),
-            evaluated=put(np.array(evaluated, dtype=np.int64)),
-            evaluations=tuple(e for span in batch.spans for e in span.evaluations),
+            tokens=put(span.tokens for span in spans),
+            arena=put(part.arena for part in full),
+            fill_arena=put(part.arena for part in fill),
+            positions=put(part.positions for part in rows),
+            cells=[put(part.cells[number] for part in rows if part.size) for number in range(len(spans[0].context))],
+            evaluated=put([evaluated]),
+            evaluations=tuple(chain.from_iterable(span.evaluations for span in spans)),
         )

@@ -70,7 +70,7 @@ def state(measured: Measured, rows: list[int], evaluations: Sequence[Evaluation]
 def patience(measured: Measured, rows: list[int], evaluations: Sequence[Evaluation]) -> Tensor:
     """Length of the run of agreeing exits, this one included, over the patience k (PABEE, Zhou et al. 2020)."""
     lengths = [
-        agreeing_run(evaluation, int(measured.argmax[row]))[1] / evaluation.rule.patience
+        agreeing_run(evaluation, int(measured.argmax[row]))[1] / evaluation.draws.rule.patience
         for row, evaluation in zip(rows, evaluations, strict=True)
     ]
     return torch.tensor(lengths, dtype=measured.logits.dtype, device=measured.logits.device)
@@ -85,7 +85,7 @@ def probe(measured: Measured, rows: list[int], evaluations: Sequence[Evaluation]
 
 def trace(measured: Measured, rows: list[int], evaluations: Sequence[Evaluation]) -> Tensor:
     """Uniform noise by request, position and exit: for benchmarks on random weights, where 1 - threshold exit."""
-    values = [uniform(e.seed, e.sample, e.position, measured.segment) for e in evaluations]
+    values = [uniform(e.draws.seed, e.draws.sample, e.position, measured.segment) for e in evaluations]
     return torch.tensor(values, dtype=measured.logits.dtype, device=measured.logits.device)
 
 
@@ -112,7 +112,7 @@ def confidences(measured: Measured, evaluations: Sequence[Evaluation]) -> Tensor
     """Confidence of each row under its request's criterion. Shape (rows,), clipped to [0, 1]."""
     by_criterion: dict[str, list[int]] = {}
     for row, evaluation in enumerate(evaluations):
-        name = evaluation.rule.criterion
+        name = evaluation.draws.rule.criterion
         by_criterion.setdefault("max_prob" if measured.final and name not in AT_THE_END else name, []).append(row)
     out = torch.empty_like(measured.log_sum_exp)
     for name, rows in by_criterion.items():

@@ -7,6 +7,7 @@ vLLM's: penalties, logit_bias and banned tokens, temperature, min_p, top_k, top_
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from drex.control.plan import Evaluation, Verdict
 
 
 def judge(measured: Measured, evaluations: Sequence[Evaluation]) -> tuple[Verdict, ...]:
-    """The verdicts on one pass's evaluations, with one copy to the host.
+    """The verdicts on one pass's evaluations, with one copy to the host, and one more if most likely tokens are wanted.
 
     Args:
         measured: logits and hidden states, a row an evaluation.
@@ -31,7 +32,7 @@ def judge(measured: Measured, evaluations: Sequence[Evaluation]) -> tuple[Verdic
         (tokens.double(), best.double(), measured.argmax.double(), logprob.double(), confidence.double())
     )
     verdicts = []
-    for row, (evaluation, values) in enumerate(zip(evaluations, numbers.T.tolist(), strict=True)):
+    for evaluation, values, top in zip(evaluations, numbers.T.tolist(), _tops(measured, evaluations), strict=True):
         token, adjusted, argmax, log_probability, certain = values
         # A penalty or bias that changes the argmax: the exit's confidence is not about this token.
         agrees = adjusted == argmax
@@ -43,19 +44,37 @@ def judge(measured: Measured, evaluations: Sequence[Evaluation]) -> tuple[Verdic
                 confidence=certain,
                 exited=exited,
                 agreeing=agreeing_run(evaluation, int(argmax)),
-                top=_top(measured, row, evaluation),
+                top=top,
             )
         )
     return tuple(verdicts)
 
 
-def _top(measured: Measured, row: int, evaluation: Evaluation) -> tuple[tuple[int, float], ...]:
-    params = evaluation.params
-    count = params.prompt_logprobs if evaluation.target is not None else params.logprobs
-    if not count:
-        return ()
-    values, tokens = measured.logits[row].topk(min(count, measured.logits.shape[-1]))
-    return tuple(zip(tokens.tolist(), (values - measured.log_sum_exp[row]).tolist(), strict=True))
+def _tops(measured: Measured, evaluations: Sequence[Evaluation]) -> list[tuple[tuple[int, float], ...]]:
+    """The most likely tokens of each row with their log-probabilities, best first, as many as it asks for."""
+    rows, vocab = measured.logits.shape
+    # By count: which of equally likely tokens topk takes depends on how many it takes, and must not on other rows.
+    wanting: dict[int, list[int]] = {}
+    for row, evaluation in enumerate(evaluations):
+        params = evaluation.draws.params
+        count = params.prompt_logprobs if evaluation.target is not None else params.logprobs
+        if count:
+            wanting.setdefault(min(count, vocab), []).append(row)
+    tops: list[tuple[tuple[int, float], ...]] = [()] * rows
+    if not wanting:
+        return tops
+    found = []
+    for count, chosen in wanting.items():
+        # The usual case, all rows alike, spares a copy of the logits.
+        logits = measured.logits if len(chosen) == rows else measured.logits[chosen]
+        values, tokens = logits.topk(count)
+        logprobs = values - measured.log_sum_exp[chosen, None]
+        found.append(torch.stack((tokens.double(), logprobs.double()), dim=-1).flatten(0, 1))
+    pairs = iter(torch.cat(found).tolist())
+    for count, chosen in wanting.items():
+        for row in chosen:
+            tops[row] = tuple((int(token), logprob) for token, logprob in islice(pairs, count))
+    return tops
 
 
 def _draw(measured: Measured, evaluations: Sequence[Evaluation]) -> tuple[Tensor, Tensor]:
@@ -64,7 +83,7 @@ def _draw(measured: Measured, evaluations: Sequence[Evaluation]) -> tuple[Tensor
     drawn = [
         row
         for row, e in enumerate(evaluations)
-        if e.target is None and (e.params.temperature > 0 or e.params.changes_logits or e.banned)
+        if e.target is None and (e.draws.params.temperature > 0 or e.draws.params.changes_logits or e.banned)
     ]
     if drawn:
         logits = measured.logits[drawn]
@@ -81,14 +100,14 @@ def _draw(measured: Measured, evaluations: Sequence[Evaluation]) -> tuple[Tensor
 
 def _adjust(logits: Tensor, evaluation: Evaluation) -> None:
     """Penalties, bias and bans on one row, in place. logits: (vocab,)."""
-    params = evaluation.params
-    history = evaluation.tokens[: evaluation.position + 1]
+    params = evaluation.draws.params
+    history = evaluation.draws.tokens[: evaluation.position + 1]
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(history)), device=logits.device)
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if params.presence_penalty or params.frequency_penalty:
-        output = torch.tensor(history[evaluation.prompt_length :], dtype=torch.long, device=logits.device)
+        output = torch.tensor(history[evaluation.draws.prompt_length :], dtype=torch.long, device=logits.device)
         counts = torch.bincount(output, minlength=len(logits)).to(logits.dtype)
         logits -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
     for token, bias in (params.logit_bias or {}).items():
@@ -103,17 +122,17 @@ def _sample(logits: Tensor, evaluations: Sequence[Evaluation]) -> Tensor:
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
 
-    temperature = column([e.params.temperature for e in evaluations])
+    temperature = column([e.draws.params.temperature for e in evaluations])
     greedy = temperature == 0
     # From the maximum down, so that a tiny temperature makes the others -inf and not the best ones inf.
     scaled = (logits - logits.amax(-1, keepdim=True)) / torch.where(greedy, 1.0, temperature)
-    if any(e.params.min_p > 0 for e in evaluations):
-        min_p = column([e.params.min_p for e in evaluations])
+    if any(e.draws.params.min_p > 0 for e in evaluations):
+        min_p = column([e.draws.params.min_p for e in evaluations])
         floor = scaled.amax(-1, keepdim=True) + min_p.log()
         scaled = scaled.masked_fill(scaled < floor, -torch.inf)
-    if any(e.params.top_k > 0 or e.params.top_p < 1 for e in evaluations):
+    if any(e.draws.params.top_k > 0 or e.draws.params.top_p < 1 for e in evaluations):
         scaled = _truncate(scaled, evaluations)
-    keys = [mix(e.seed, e.sample, e.position) for e in evaluations]
+    keys = [mix(e.draws.seed, e.draws.sample, e.position) for e in evaluations]
     noise = gumbel(keys, logits.shape[-1], logits.device)
     return torch.where(greedy[:, 0], scaled.argmax(-1), (scaled.double() + noise).argmax(-1))
 
@@ -124,10 +143,10 @@ def _truncate(scaled: Tensor, evaluations: Sequence[Evaluation]) -> Tensor:
     device = scaled.device
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     top_k = torch.tensor(
-        [min(e.params.top_k, vocab) if e.params.top_k > 0 else vocab for e in evaluations], device=device
+        [min(e.draws.params.top_k, vocab) if e.draws.params.top_k > 0 else vocab for e in evaluations], device=device
     )
     ordered = ordered.masked_fill(torch.arange(vocab, device=device)[None] >= top_k[:, None], -torch.inf)
-    top_p = torch.tensor([e.params.top_p for e in evaluations], dtype=scaled.dtype, device=device)[:, None]
+    top_p = torch.tensor([e.draws.params.top_p for e in evaluations], dtype=scaled.dtype, device=device)[:, None]
     probabilities = ordered.softmax(-1)
     # A token stays while the mass before it is under top_p: the one that crosses it is kept.
     before = probabilities.cumsum(-1) - probabilities

@@ -15,7 +15,7 @@ from drex.compute.decoder import Decoder
 from drex.compute.heads import ExitHead
 from drex.compute.kv import KVPool
 from drex.compute.sampler import judge
-from drex.control.plan import Pass, Verdict
+from drex.control.plan import Evaluation, Pass, Verdict
 from drex.control.slots import SlotLayout
 
 Probe = tuple[Tensor, Tensor]
@@ -60,7 +60,7 @@ class SegmentRunner:
             before, hidden = before.index_select(0, tensors.evaluated), hidden.index_select(0, tensors.evaluated)
         if not tensors.evaluations:
             return tuple(() for _ in batch.spans)
-        verdicts = iter(judge(self._measure(batch.segment, final, before, hidden), tensors.evaluations))
+        verdicts = iter(self.evaluate(batch.segment, before, hidden, tensors.evaluations))
         return tuple(tuple(next(verdicts) for _ in span.evaluations) for span in batch.spans)
 
     def _layers(self, batch: Pass, tensors: PassTensors, final: bool) -> tuple[Tensor, Tensor]:
@@ -90,6 +90,20 @@ class SegmentRunner:
                 )
             before, hidden = hidden, decoder.finish_layer(layer, hidden, attended)
         return before, hidden
+
+    @torch.inference_mode()
+    def evaluate(
+        self, segment: int, before: Tensor, hidden: Tensor, evaluations: Sequence[Evaluation]
+    ) -> tuple[Verdict, ...]:
+        """The verdicts of the head at the end of a segment.
+
+        Args:
+            segment: that ends there.
+            before, hidden: what its last layer was given, and its output, a row an evaluation.
+            evaluations: in the same order.
+        """
+        final = segment == len(self.layout.lengths) - 1
+        return judge(self._measure(segment, final, before, hidden), evaluations)
 
     def _measure(self, segment: int, final: bool, before: Tensor, hidden: Tensor) -> Measured:
         decoder = self.decoder

@@ -29,9 +29,10 @@ class ArenaRows:
             assert position not in held
             held[position] = self._free.pop()
 
-    def row(self, request_id: str, position: int) -> int:
-        """The row a position holds."""
-        return self._held[request_id][position]
+    def rows(self, request_id: str, positions: Iterable[int]) -> list[int]:
+        """The rows that positions hold."""
+        held = self._held[request_id]
+        return [held[position] for position in positions]
 
     def release(self, request_id: str, position: int) -> None:
         """Take back the row of one position."""

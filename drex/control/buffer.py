@@ -1,34 +1,58 @@
-"""The rebatching buffer: live rows that wait at a segment boundary, as indices and arrival times only."""
+"""The rebatching buffer: requests whose live row waits at a segment boundary. No states move in or out, only names."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from drex.request import Request
+
 
 class RebatchBuffer:
-    """Requests whose live row waits to run one segment, oldest first, with the pass number at which each came."""
+    """Requests whose live row waits to run one segment; since which pass, they note themselves in `waits_since`.
 
-    def __init__(self) -> None:
-        self._since: dict[str, int] = {}
+    Attributes:
+        fills: rows that these requests owe at the segment beside their live rows.
+    """
+
+    def __init__(self, segment: int) -> None:
+        self.segment = segment
+        self.fills = 0
+        self._requests: dict[str, Request] = {}
 
     def __len__(self) -> int:
-        return len(self._since)
+        return len(self._requests)
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._since
+    def __contains__(self, request: Request) -> bool:
+        return request.request_id in self._requests
 
-    def add(self, request_id: str, pass_number: int) -> None:
-        """A live row arrives."""
-        assert request_id not in self._since
-        self._since[request_id] = pass_number
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests.values())
 
-    def discard(self, request_id: str) -> None:
-        """A live row leaves, if it is here: flushed, or its request ended or was preempted."""
-        self._since.pop(request_id, None)
+    def add(self, request: Request) -> None:
+        """A live row arrives, or is back from a pass that did other work of its request."""
+        assert request.request_id not in self._requests
+        self._requests[request.request_id] = request
+        self.fills += request.pending(self.segment) - 1
+
+    def discard(self, request: Request) -> None:
+        """A live row leaves."""
+        del self._requests[request.request_id]
+        self.fills -= request.pending(self.segment) - 1
 
     def oldest_age(self, pass_number: int) -> int:
         """Passes that the longest-waiting row has waited; 0 when empty."""
-        first = next(iter(self._since.values()), pass_number)
-        return pass_number - first
+        return pass_number - min([since(request) for request in self], default=pass_number)
 
-    def oldest_first(self) -> list[str]:
-        """Request ids in order of arrival."""
-        return list(self._since)
+    def oldest_first(self) -> list[Request]:
+        """Requests in order of arrival here."""
+        return sorted(self, key=since)
+
+    def earliest_due(self) -> float:
+        """When the first of the tokens that wait here is due; infinite if none is."""
+        return min([request.due for request in self], default=float("inf"))
+
+
+def since(request: Request) -> int:
+    """The pass at which a waiting request joined its buffer."""
+    assert request.waits_since is not None
+    return request.waits_since[1]

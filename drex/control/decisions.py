@@ -2,54 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from drex.config import ExitRule
 from drex.control.plan import Evaluation, Rows, Verdict
-from drex.request import ExitCheck, Request, TokenRecord, Undecided
+from drex.request import ExitCheck, Request, TokenRecord
 
 
-def evaluations(request: Request, segment: int, full: Rows) -> Iterator[Evaluation]:
+def evaluations(request: Request, segment: int, full: Rows) -> list[Evaluation]:
     """Heads to evaluate at the end of a segment: those of rows not decided yet that may exit there, or end there."""
     final = segment == request.num_segments - 1
-    if request.score_rule is not None:
-        for row, position in enumerate(full.positions.tolist()):
-            if position < len(request.prompt) - 1 and position not in request.prompt_records:
-                threshold = None if final else request.score_rule.threshold(segment, position, len(request.prompt))
-                if final or threshold is not None:
-                    target = request.tokens[position + 1]
-                    yield _evaluation(request, row, position, threshold, request.score_rule, target)
+    out = [] if request.score_rule is None else _scored(request, segment, full, final)
     last = len(request.tokens) - 1
-    if not len(full) or int(full.positions[-1]) != last:
-        return
+    if not full.size or full.positions[-1] != last:
+        return out
     threshold = None
     if not final and request.num_output:
         threshold = request.rule.threshold(segment, request.num_output, request.max_tokens)
     if final or threshold is not None:
-        yield _evaluation(request, len(full) - 1, last, threshold, request.rule, None)
+        agreeing = request.row(last).agreeing
+        out.append(Evaluation(full.size - 1, last, threshold, request.draws, agreeing, request.banned()))
+    return out
 
 
-def _evaluation(
-    request: Request, row: int, position: int, threshold: float | None, rule: ExitRule, target: int | None
-) -> Evaluation:
-    return Evaluation(
-        row=row,
-        position=position,
-        threshold=threshold,
-        rule=rule,
-        agreeing=request.undecided.setdefault(position, Undecided()).agreeing,
-        params=request.params,
-        seed=request.seed,
-        sample=request.sample,
-        tokens=request.tokens,
-        prompt_length=len(request.prompt),
-        banned=request.banned() if target is None else (),
-        target=target,
-    )
+def _scored(request: Request, segment: int, full: Rows, final: bool) -> list[Evaluation]:
+    """Evaluations of prompt rows whose next token is known and is to be scored."""
+    out = []
+    rule, draws, length = request.score_rule, request.score_draws, len(request.prompt)
+    assert rule is not None
+    for row, position in enumerate(full.positions):
+        if position < length - 1 and position not in request.prompt_records:
+            threshold = None if final else rule.threshold(segment, position, length)
+            if final or threshold is not None:
+                agreeing, target = request.row(position).agreeing, request.tokens[position + 1]
+                out.append(Evaluation(row, position, threshold, draws, agreeing, target=target))
+    return out
 
 
-def judge(request: Request, segment: int, evaluation: Evaluation, verdict: Verdict) -> bool:
-    """Note a verdict in the request's records; returns whether the row is decided.
+def judge(request: Request, segment: int, evaluation: Evaluation, verdict: Verdict, exited: bool) -> bool:
+    """Note a verdict, and whether the policy lets it exit, in the request's records; returns whether it is decided.
 
     The live row's token is appended; a scored row's token was known.
     """
@@ -59,7 +47,7 @@ def judge(request: Request, segment: int, evaluation: Evaluation, verdict: Verdi
     if evaluation.threshold is not None:
         row.checks.append(ExitCheck(segment, verdict.confidence, evaluation.threshold))
     depth = segment + 1
-    if not verdict.exited and depth < request.num_segments:
+    if not exited and depth < request.num_segments:
         return False
     checks = tuple(request.undecided.pop(position).checks)
     record = TokenRecord(verdict.token_id, verdict.logprob, depth, verdict.confidence, checks, verdict.top)

@@ -8,15 +8,14 @@ tables get an alias of the exit layer's slot, or no entry.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-
-import numpy as np
+from itertools import compress
 
 from drex.control.arena import ArenaRows
-from drex.control.plan import Context, IntArray, Rows, Span
+from drex.control.plan import Context, Rows, Span
 from drex.control.slots import SegmentTable, SlotLayout, SlotPool
 from drex.request import Request
 
-NO_INTS: IntArray = np.empty(0, dtype=np.int64)
+NO_ROWS = Rows((), (), (), ())
 
 
 class Placement:
@@ -74,61 +73,55 @@ class Placement:
             The rows that run, the rows that only write K/V, and the request's entries, these rows' included.
         """
         positions = range(start, stop)
-        if segment == 0 and stop > request.claimed_length:
-            self._claim(request, (stop - request.claimed_length) * self.slots_per_token)
-            request.claimed_length = stop
-        if segment == 0 and self.segments > 1:
-            self.arena.take(request.request_id, positions)
+        if segment == 0:
+            if stop > request.claimed_length:
+                self._claim(request, (stop - request.claimed_length) * self.slots_per_token)
+                request.claimed_length = stop
+            if self.segments > 1:
+                self.arena.take(request.request_id, positions)
         table = self._tables[request.request_id][segment]
         if self.fills_owed or all(self.runs(request, position, segment) for position in positions):
             full, fill = self._place_all(request, segment, positions, table)
         else:
-            full, fill = self._place_some(request, segment, positions, table), _no_rows(len(table.cells))
+            full, fill = self._place_some(request, segment, positions, table), NO_ROWS
         return full, fill, table.context()
 
     def _place_all(self, request: Request, segment: int, positions: range, table: SegmentTable) -> tuple[Rows, Rows]:
         """Every position has an entry of its own."""
-        before = table.count
+        first = table.count + 1
         cells = self.pool.extend(table, len(positions))
-        numbers = np.arange(positions.start, positions.stop)
-        visible = np.arange(before + 1, before + 1 + len(positions))
-        arena = self._arena_rows(request, positions)
-        if self.kv_fill != "project":
-            return Rows(numbers, arena, cells, visible), _no_rows(len(cells))
-        runs = np.array([self.runs(request, position, segment) for position in positions], dtype=np.bool_)
-        full, fill = (Rows(numbers[keep], arena[keep], cells[:, keep], visible[keep]) for keep in (runs, ~runs))
-        return full, fill
+        rows = Rows(positions, self._arena_rows(request, positions), cells, range(first, first + len(positions)))
+        if self.kv_fill != "project" or segment == 0:
+            return rows, NO_ROWS
+        runs = [self.runs(request, position, segment) for position in positions]
+        return (rows, NO_ROWS) if all(runs) else (_some(rows, runs), _some(rows, [not run for run in runs]))
 
     def _place_some(self, request: Request, segment: int, positions: range, table: SegmentTable) -> Rows:
         """Some positions have an aliased or absent entry: a replay, or a scored text, under alias or mask."""
         ran: list[int] = []
-        cells: list[IntArray] = []
+        cells: list[list[int]] = [[] for _ in range(table.parts)]
         visible: list[int] = []
         for position in positions:
             if self.runs(request, position, segment):
-                cells.append(self.pool.extend(table, 1))
+                for held, taken in zip(cells, self.pool.extend(table, 1), strict=True):
+                    held.extend(taken)
                 ran.append(position)
                 visible.append(table.count)
             else:
                 self._skip_entry(request, segment, position)
-        return Rows(
-            np.array(ran, dtype=np.int64),
-            self._arena_rows(request, ran),
-            np.concatenate(cells, axis=1) if cells else np.empty((len(table.cells), 0), dtype=np.int64),
-            np.array(visible, dtype=np.int64),
-        )
+        return Rows(ran, self._arena_rows(request, ran), tuple(cells), visible)
 
     def _skip_entry(self, request: Request, segment: int, position: int) -> None:
         """What the table of a skipped segment gets for a position: an alias of the exit layer, or nothing."""
         if self.kv_fill == "alias":
             tables = self._tables[request.request_id]
-            exit_cell = int(tables[request.depths[position] - 1].cells[-1, position])
+            exit_cell = tables[request.depths[position] - 1].cell(-1, position)
             tables[segment].append_alias(self.pool.slot(exit_cell))
 
-    def _arena_rows(self, request: Request, positions: Sequence[int]) -> IntArray:
+    def _arena_rows(self, request: Request, positions: Sequence[int]) -> Sequence[int]:
         if self.segments == 1:
-            return np.zeros(len(positions), dtype=np.int64)
-        return np.array([self.arena.row(request.request_id, position) for position in positions], dtype=np.int64)
+            return [0] * len(positions)
+        return self.arena.rows(request.request_id, positions)
 
     def _claim(self, request: Request, slots: int) -> None:
         self.pool.claim(slots)
@@ -138,7 +131,7 @@ class Placement:
         """A span has passed a segment: rows that execute nothing deeper leave the arena."""
         if self.segments == 1:
             return
-        for position in (*span.full.positions.tolist(), *span.fill.positions.tolist()):
+        for position in (*span.full.positions, *span.fill.positions):
             decided = position < len(request.depths)
             ends = request.depths[position] if decided and not self.fills_owed else self.segments
             if segment + 1 >= ends:
@@ -182,5 +175,7 @@ class Placement:
             assert self.arena.free == self.arena.capacity
 
 
-def _no_rows(parts: int) -> Rows:
-    return Rows(NO_INTS, NO_INTS, np.empty((parts, 0), dtype=np.int64), NO_INTS)
+def _some(rows: Rows, wanted: Sequence[bool]) -> Rows:
+    """Those rows that are wanted."""
+    positions, arena, visible = (list(compress(part, wanted)) for part in (rows.positions, rows.arena, rows.visible))
+    return Rows(positions, arena, tuple(list(compress(cells, wanted)) for cells in rows.cells), visible)

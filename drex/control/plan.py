@@ -1,4 +1,7 @@
-"""What crosses between control and compute: a frozen Pass one way, a PassResult the other."""
+"""What crosses between control and compute: an immutable Pass one way, a PassResult the other.
+
+Sequences of row numbers are lists or ranges: most have one element, and become one index vector a pass in compute.
+"""
 
 from __future__ import annotations
 
@@ -17,59 +20,73 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """K/V entries that lie in consecutive cells, in order of position."""
 
     start: int
-    count: int
+    length: int
 
 
-@dataclass(frozen=True)
-class Scattered:
+class Scattered(NamedTuple):
     """K/V entries anywhere: cells in order of position, or, where `aliased`, slots of the exit layer."""
 
     entries: IntArray
     aliased: BoolArray
 
+    @property
+    def length(self) -> int:
+        return len(self.entries)
+
 
 Context = Run | Scattered
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Token positions that execute something in a pass.
-
-    Shapes: positions, arena, visible (rows,); cells (parts, rows).
+class Rows(NamedTuple):
+    """Token positions that execute something in a pass; all sequences have one element a row.
 
     Attributes:
         positions: in the request, ascending.
         arena: rows of the hidden-state arena that are read (but by segment 0) and written (but by the last).
-        cells: where each row's K/V goes, a line for each part of the segment.
+        cells: where each row's K/V goes, for each part of the segment.
         visible: how many entries of the span's context each row attends to, its own included.
     """
 
-    positions: IntArray
-    arena: IntArray
-    cells: IntArray
-    visible: IntArray
+    positions: Sequence[int]
+    arena: Sequence[int]
+    cells: tuple[Sequence[int], ...]
+    visible: Sequence[int]
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
         return len(self.positions)
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Draws(NamedTuple):
+    """How a request's tokens are decided: what all its evaluations share.
+
+    Attributes:
+        rule: criterion and its settings; a scored prompt may have its own.
+        params, seed, sample: sampling settings; a token's noise is a function of (seed, sample, position).
+        tokens, prompt_length: the request's tokens so far, for penalties.
+    """
+
+    rule: ExitRule
+    params: SamplingParams
+    seed: int
+    sample: int
+    tokens: Sequence[int]
+    prompt_length: int
+
+
+class Evaluation(NamedTuple):
     """One head evaluation: which row, and all that decides its token.
 
     Attributes:
         row: index into the span's full rows.
-        position: of the row; the noise of its token is a function of (seed, sample, position).
+        position: of the row in the request.
         threshold: of the exit; None where the row may not exit (the final head).
-        rule: criterion and its settings.
+        draws: of its request.
         agreeing: (token, run length) of the agreeing exits before, for `patience`.
-        params, seed, sample: sampling settings.
-        tokens, prompt_length: the request's tokens up to and including this row's, for penalties.
         banned: tokens that may not come.
         target: report this token's log-probability instead of drawing one.
     """
@@ -77,13 +94,8 @@ class Evaluation:
     row: int
     position: int
     threshold: float | None
-    rule: ExitRule
+    draws: Draws
     agreeing: tuple[int, int]
-    params: SamplingParams
-    seed: int
-    sample: int
-    tokens: Sequence[int]
-    prompt_length: int
     banned: tuple[int, ...] = ()
     target: int | None = None
 
@@ -102,8 +114,7 @@ class Verdict(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """The positions [start, stop) of one request in one pass; the frontier moves to `stop`.
 
     Positions in the span that are in neither `full` nor `fill` have an aliased or absent entry at this segment.
@@ -119,11 +130,11 @@ class Span:
     request_id: str
     start: int
     stop: int
-    tokens: IntArray
+    tokens: Sequence[int]
     full: Rows
     fill: Rows
     context: tuple[Context, ...]
-    evaluations: tuple[Evaluation, ...]
+    evaluations: Sequence[Evaluation]
 
 
 @dataclass(frozen=True)
@@ -132,17 +143,17 @@ class Pass:
 
     number: int
     segment: int
-    spans: tuple[Span, ...]
+    spans: Sequence[Span]
 
     @property
     def rows(self) -> int:
         """Rows that run the segment in full, and those that only write K/V."""
-        return sum(len(span.full) + len(span.fill) for span in self.spans)
+        return sum(span.full.size + span.fill.size for span in self.spans)
 
 
 @dataclass(frozen=True)
 class PassResult:
     """Verdicts of each span's evaluations, in the pass's order; `error` where the pass could not be executed."""
 
-    verdicts: tuple[tuple[Verdict, ...], ...]
+    verdicts: Sequence[Sequence[Verdict]]
     error: Exception | None = None

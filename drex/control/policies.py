@@ -1,62 +1,218 @@
-"""Which segment runs next, given what is ready at each. A policy sees counts, never requests."""
+"""Which segment runs next, and which rows of a pass exit. A policy sees counts and verdicts, never requests.
+
+`drex` rebatches by the rule of `flush`, `split` flushes at once, `art` is the paper's heuristic, and the others decide
+for the whole batch, the decode rows of one pass: they exist to be compared with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drex.config import EngineConfig
+from drex.control.cost import CostModel
+from drex.control.flush import ExitRates, FlushRule, Waiting
+from drex.control.plan import Evaluation, Verdict
+
+PROBE_EVERY = 64
+"""`adaptive`: while checking exits does not pay, one pass in so many checks all the same, to notice when it would."""
 
 
 @dataclass(frozen=True)
-class Ready:
-    """What could run now.
+class View:
+    """What could run now. Sequences have an entry a segment.
 
     Attributes:
-        shallow: requests with rows for segment 0 that fit.
-        buffered: for each segment, live rows that wait for it (entry 0 is 0).
-        urgent: for each segment, requests whose prompt, replay or first token stands before it.
-        oldest_age: for each segment, passes that its oldest buffered row has waited.
+        pass_number: of the pass to choose.
+        now: time in seconds.
+        ready: decoding requests that fit into a pass over segment 0.
+        prompts: whether a prompt or replay has rows that fit into it.
+        live: rows that wait in the buffers (0 at segment 0).
+        fills: rows that their requests owe there.
+        urgent: requests whose prompt, replay or first token stands there.
+        oldest_age: passes that the oldest buffered row has waited.
+        due: when the first buffered token is due.
+        owed: decided rows that owe K/V there, of all requests.
         decoding: requests that have their first token.
+        context: mean K/V entries of a request.
     """
 
-    shallow: int
-    buffered: tuple[int, ...]
-    urgent: tuple[int, ...]
-    oldest_age: tuple[int, ...]
+    pass_number: int
+    now: float
+    ready: int
+    prompts: bool
+    live: Sequence[int]
+    fills: Sequence[int]
+    urgent: Sequence[int]
+    oldest_age: Sequence[int]
+    due: Sequence[float]
+    owed: Sequence[int]
     decoding: int
+    context: float
 
 
-Policy = Callable[[Ready, EngineConfig], int | None]
+@dataclass(frozen=True)
+class Choice:
+    """The segment to run; at segment 0 how many ready rows, deeper whether rows that only owe fills come along."""
+
+    segment: int
+    ready: int = 0
+    fills: bool = False
 
 
-def split(ready: Ready, config: EngineConfig) -> int | None:
-    """Flush at once: what stands deepest goes first. Returns a segment, or None if nothing is ready."""
-    for segment in range(len(ready.buffered) - 1, 0, -1):
-        if ready.buffered[segment] or ready.urgent[segment]:
-            return segment
-    return 0 if ready.shallow else None
+Check = tuple[Evaluation, Verdict]
 
 
-def drex(ready: Ready, config: EngineConfig) -> int | None:
-    """Flush a buffer that holds a fixed share of the decoding requests, or a row that waited too long.
+class Split:
+    """Flush at once: what stands deepest goes first. With no exit points (`full`) there is nothing to choose.
 
-    Prompts go through at once and take the buffered rows of the segment along. Nothing else ready: flush what there is.
+    Args:
+        config: of the engine.
+        cost: of passes.
+        kv_fill: what fills the layers that a token skipped.
     """
-    deepest_first = range(len(ready.buffered) - 1, 0, -1)
-    # Every buffer may come due in the same pass, and each flush takes one.
-    due = config.max_wait_passes - len(ready.buffered)
-    for segment in deepest_first:
-        if ready.buffered[segment] and ready.oldest_age[segment] >= due:
-            return segment
-    for segment in deepest_first:
-        if ready.urgent[segment] or 0 < config.flush_share * ready.decoding <= ready.buffered[segment]:
-            return segment
-    if ready.shallow:
-        return 0
-    fullest = max(deepest_first, key=lambda segment: ready.buffered[segment], default=0)
-    return fullest if fullest and ready.buffered[fullest] else None
+
+    def __init__(self, config: EngineConfig, cost: CostModel, kv_fill: str) -> None:
+        self.config = config
+        self.rates = ExitRates(cost.segments - 1)
+        self.rule = FlushRule(cost, self.rates, kv_fill, 2 * config.max_num_seqs + config.max_fill_rows)
+
+    def checks_exits(self, pass_number: int) -> bool:
+        """Whether a pass evaluates exit heads at all."""
+        return True
+
+    def choose(self, view: View) -> Choice | None:
+        """The next segment, or None if nothing is ready."""
+        for segment in range(len(view.live) - 1, 0, -1):
+            if view.live[segment] or view.urgent[segment]:
+                return Choice(segment)
+        return Choice(0, view.ready) if view.ready or view.prompts else None
+
+    def exits(self, segment: int, checks: Sequence[Check]) -> list[bool]:
+        """Which decode rows of a pass exit, given what the exit head said of each."""
+        return [verdict.exited for _, verdict in checks]
 
 
-POLICIES: dict[str, Policy] = {"drex": drex, "split": split, "full": split}
-"""`full` has no exit points, hence one segment: there is nothing to choose."""
+class Drex(Split):
+    """Rebatch by the marginal-rate rule; flush what is due by age or deadline, and with whatever must run anyway."""
+
+    def checks_exits(self, pass_number: int) -> bool:
+        return self.pays or pass_number % PROBE_EVERY == 0
+
+    @property
+    def pays(self) -> bool:
+        """Whether checking exits pays at the present load, where `adaptive` lets that matter."""
+        found = self.rule.outlook.yardstick
+        return not self.config.adaptive or found is None or found.optimal is None or found.optimal >= found.full
+
+    def choose(self, view: View) -> Choice | None:
+        self.rule.tick(view.pass_number, view.decoding, view.context)
+        if not self.pays:
+            return super().choose(view)
+        segments = len(view.live)
+        # Every buffer may come due in the same pass, and each flush takes one.
+        by_age = self.config.max_wait_passes - segments
+        for segment in range(segments - 1, 0, -1):
+            if view.live[segment] and (view.oldest_age[segment] >= by_age or self._late_next(view, segment)):
+                return Choice(segment)
+        # Prompts go through at once and take the buffered rows of the segment along: the weights are read once.
+        for segment in range(segments - 1, 0, -1):
+            if view.urgent[segment]:
+                return Choice(segment)
+        if view.prompts:
+            return Choice(0, view.ready)
+        chosen = self.rule.choose(Waiting(view.ready, view.live, view.fills))
+        return None if chosen is None else Choice(*chosen)
+
+    def _late_next(self, view: View, segment: int) -> bool:
+        """Whether the buffer's first due token would be late if one more pass over segment 0 came before its flush."""
+        if view.due[segment] == math.inf:
+            return False
+        ahead = self.rule.seconds_ahead(segment, view.live, view.fills)
+        return view.now + ahead + float(self.rule.seconds(0, max(1, view.ready), 0.0)) > view.due[segment]
+
+
+class Consensus(Split):
+    """All rows of the batch are confident: all exit; else all stay."""
+
+    def exits(self, segment: int, checks: Sequence[Check]) -> list[bool]:
+        return [all(verdict.exited for _, verdict in checks)] * len(checks)
+
+
+class Majority(Split):
+    """The median confidence reaches the threshold: all exit; else all stay."""
+
+    def exits(self, segment: int, checks: Sequence[Check]) -> list[bool]:
+        above = [verdict.confidence - (evaluation.threshold or 0.0) for evaluation, verdict in checks]
+        return [bool(above) and statistics.median(above) >= 0] * len(checks)
+
+
+class Greedy(Split):
+    """Any row is confident: all exit; else all stay."""
+
+    def exits(self, segment: int, checks: Sequence[Check]) -> list[bool]:
+        return [any(verdict.exited for _, verdict in checks)] * len(checks)
+
+
+class LatencyOnly(Greedy):
+    """Any row is confident: all tokens are emitted early, and all rows run deep all the same, before the next token."""
+
+    def choose(self, view: View) -> Choice | None:
+        deeper = super().choose(view)
+        owing = [segment for segment, rows in enumerate(view.owed) if rows]
+        return Choice(owing[0], fills=True) if owing and (deeper is None or deeper.segment == 0) else deeper
+
+
+class Art(Split):
+    """The paper's adaptive rebatching threshold: arXiv 2512.15705, with the age rule of its authors' code.
+
+    Rebatch iff more than (c / t_d) of the batch exit, c = t_s + t_d - t_f; else all go on. Flush a buffer when
+    its rows · (1 + age · factor) reach the batch.
+    """
+
+    AGE_FACTOR = 0.05
+
+    def __init__(self, config: EngineConfig, cost: CostModel, kv_fill: str) -> None:
+        super().__init__(config, cost, kv_fill)
+        self._go_on: set[int] = set()
+
+    def choose(self, view: View) -> Choice | None:
+        self.rule.tick(view.pass_number, view.decoding, view.context)
+        for segment in range(len(view.live) - 1, 0, -1):
+            grown = view.live[segment] * (1 + view.oldest_age[segment] * self.AGE_FACTOR)
+            full = view.live[segment] and grown >= view.decoding
+            stale = view.oldest_age[segment] >= self.config.max_wait_passes - len(view.live)
+            if segment in self._go_on or view.urgent[segment] or full or (view.live[segment] and stale):
+                self._go_on.discard(segment)
+                if view.live[segment] or view.urgent[segment]:
+                    return Choice(segment)
+        if view.ready or view.prompts:
+            return Choice(0, view.ready)
+        return super().choose(view)
+
+    def exits(self, segment: int, checks: Sequence[Check]) -> list[bool]:
+        confident = [verdict.exited for _, verdict in checks]
+        rows = float(len(checks))
+        deeper = range(segment + 1, self.rule.cost.segments)
+        shallow = float(self.rule.seconds(segment, rows, 0.0))
+        deep = sum(float(self.rule.seconds(s, rows, 0.0)) for s in deeper)
+        # A full pass is one over all layers from here on, without the exit head.
+        whole = shallow + deep - self.rule.head_seconds(segment, rows)
+        if sum(confident) > (shallow + deep - whole) / deep * rows:
+            return confident
+        self._go_on.add(segment + 1)
+        return [False] * len(checks)
+
+
+POLICIES: dict[str, type[Split]] = {
+    "drex": Drex,
+    "split": Split,
+    "full": Split,
+    "consensus": Consensus,
+    "majority": Majority,
+    "greedy": Greedy,
+    "latency_only": LatencyOnly,
+    "art": Art,
+}

@@ -12,42 +12,52 @@ one that is never preempted (the oldest of the highest priority) always gets on.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
-
-import numpy as np
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from drex.config import EngineConfig
 from drex.control.arena import ArenaRows
-from drex.control.buffer import RebatchBuffer
+from drex.control.cost import CostModel, Load
+from drex.control.deadlines import CHUNK_FLOOR, Deadlines, tightest_tpot
 from drex.control.decisions import evaluations, judge
 from drex.control.placement import Placement
 from drex.control.plan import Pass, PassResult, Span, Verdict
-from drex.control.policies import POLICIES, Ready
+from drex.control.policies import POLICIES, Choice, View
 from drex.control.slots import SlotLayout, SlotPool
+from drex.control.standing import Standing
 from drex.request import FinishReason, Request
 
 
 class Scheduler:
-    """Owns the requests, the rebatching buffers and, through `placement`, what requests hold.
+    """Owns the requests and, through `standing` and `placement`, where they wait and what they hold.
 
     Args:
         config: with `kv_cache_tokens` resolved.
         layout: of the segments.
         kv_fill: what fills the layers that a token skipped.
+        cost: of passes; it learns from those that are run.
+
+    Attributes:
+        preemptions: how often a request has lost its K/V.
+        passes: how many were planned.
+        unchecked: tokens that could have exited somewhere and were not asked (`adaptive`).
     """
 
-    def __init__(self, config: EngineConfig, layout: SlotLayout, kv_fill: str) -> None:
+    def __init__(self, config: EngineConfig, layout: SlotLayout, kv_fill: str, cost: CostModel) -> None:
         assert config.kv_cache_tokens is not None
-        self.config, self.layout = config, layout
+        assert cost.segments == len(layout.lengths)
+        self.config, self.layout, self.cost = config, layout, cost
         self.segments = len(layout.lengths)
         self.placement = Placement(layout, kv_fill, config.kv_cache_tokens, config.arena_rows)
-        self.buffers = [RebatchBuffer() for _ in range(self.segments)]
+        self.standing = Standing(self.segments)
+        self.policy = POLICIES[config.policy](config, cost, kv_fill)
+        self.deadlines = Deadlines(config.max_slowdown)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.preemptions = 0
-        self.passes = 0
+        self.preemptions = self.passes = self.unchecked = self.decoding = 0
         self._requests: dict[str, Request] = {}
-        self._policy = POLICIES[config.policy]
+        self._outstanding: dict[int, _Work] = {}
+        self._context = 0.0
 
     @property
     def pool(self) -> SlotPool:
@@ -71,10 +81,11 @@ class Scheduler:
                 f"and the pool holds {self.config.kv_cache_tokens}: shorten one of them, or raise kv_cache_tokens"
             )
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, now: float) -> None:
         """Queue a request. Raises ValueError for one that could never fit."""
         self.check_fits(request)
         assert request.request_id not in self._requests
+        request.arrived_at = now
         self._requests[request.request_id] = request
         bisect.insort(self.waiting, request, key=_urgency)
 
@@ -93,10 +104,10 @@ class Scheduler:
 
     def _drop(self, request: Request) -> None:
         """Take a running request off the machine."""
-        self.running.remove(request)
+        self.running.pop(bisect.bisect_left(self.running, _urgency(request), key=_urgency))
+        self.decoding -= request.num_output > 0
+        self.standing.leave(request)
         self.placement.close(request)
-        for buffer in self.buffers:
-            buffer.discard(request.request_id)
 
     def _preempt(self) -> bool:
         """Send the last of the running requests back to the queue; False if that would be the only one."""
@@ -107,6 +118,7 @@ class Scheduler:
         self._drop(request)
         request.frontiers = [0] * self.segments
         request.undecided.clear()
+        request.waits_since = None
         bisect.insort(self.waiting, request, key=_urgency)
         self.preemptions += 1
         return True
@@ -116,103 +128,136 @@ class Scheduler:
             request = self.waiting[0]
             # Room for everyone's next token beside it: else it would be preempted before it got anywhere.
             spare = len(self.running) * self.placement.slots_per_token
-            if not self.pool.fits(self.placement.slots_needed(request) + spare):
+            if not self.pool.fits(self.placement.slots_needed(request) + spare) or self._would_be_late():
                 return
             self.waiting.pop(0)
             self.placement.open(request)
             bisect.insort(self.running, request, key=_urgency)
+            self.decoding += request.num_output > 0
+            self.standing.enter(request, self.passes)
+
+    def _would_be_late(self) -> bool:
+        """Whether one more request would push running ones past targets that can be met at all."""
+        tightest = tightest_tpot(self.running)
+        return self.policy.rule.full_step(1) <= tightest < self.policy.rule.full_step(len(self.running) + 1)
 
     # The next pass
 
-    def next(self) -> Pass | None:
+    def next(self, now: float) -> Pass | None:
         """The next pass, or None while nothing can run (outstanding passes aside). Call `commit` with its result."""
         self._admit()
         while True:
-            segment = self._choose()
-            if segment is not None:
-                spans = self._spans(segment)
-                assert spans
+            choice = self._choose(now)
+            if choice is not None:
                 self.passes += 1
-                return Pass(self.passes - 1, segment, spans)
+                return self._plan(choice, self.passes - 1, now)
             if not self.running or not self._preempt():
                 return None
 
-    def _choose(self) -> int | None:
-        idle = [request for request in self.running if not request.in_pass]
-        shallow = sum(1 for _ in self._shallow(idle))
-        if not shallow:
-            # Rows for segment 0 may be short of slots or arena rows: what is pending deeper makes room.
-            blocked = any(request.pending(0) for request in idle)
+    def _choose(self, now: float) -> Choice | None:
+        standing = self.standing
+        fit = self._ready_that_fit()
+        prompts = standing.urgent[0] and any(True for _ in self._fitting(standing.urgent[0].values(), 1, beside=fit))
+        if not fit and not prompts and (standing.ready or standing.urgent[0]):
+            # Rows for segment 0 are short of slots or arena rows: what is pending deeper makes room.
             for segment in range(self.segments - 1, 0, -1):
-                if blocked and any(request.pending(segment) for request in idle):
-                    return segment
-        if self._fill_rows(idle) > self.config.max_fill_rows:
-            return max(range(1, self.segments), key=lambda s: sum(request.pending(s) for request in idle))
-        waits = [self._waiting_at(segment, idle) for segment in range(self.segments)]
-        ready = Ready(
-            shallow=shallow,
-            buffered=tuple(sum(r.request_id in self.buffers[s] for r in waits[s]) for s in range(self.segments)),
-            urgent=tuple(sum(r.request_id not in self.buffers[s] for r in waits[s]) for s in range(self.segments)),
-            oldest_age=tuple(buffer.oldest_age(self.passes) for buffer in self.buffers),
-            decoding=sum(request.decoding for request in self.running),
+                if standing.urgent[segment] or standing.buffers[segment] or standing.owed[segment]:
+                    return Choice(segment, fills=True)
+        if sum(standing.owed) > self.config.max_fill_rows:
+            return Choice(max(range(1, self.segments), key=lambda s: standing.owed[s]), fills=True)
+        buffers = standing.buffers
+        view = View(
+            pass_number=self.passes,
+            now=now,
+            ready=fit,
+            prompts=bool(prompts),
+            live=[len(buffer) for buffer in buffers],
+            fills=[buffer.fills for buffer in buffers],
+            urgent=[len(urgent) for urgent in standing.urgent],
+            oldest_age=[buffer.oldest_age(self.passes) for buffer in buffers],
+            due=[buffer.earliest_due() for buffer in buffers],
+            owed=standing.owed,
+            decoding=self.decoding,
+            context=self._context,
         )
-        return self._policy(ready, self.config)
+        return self.policy.choose(view)
 
-    def _waiting_at(self, segment: int, idle: list[Request]) -> list[Request]:
-        """Requests that a pass over a deeper segment would bring on: not those that only owe fills there."""
-        if segment == 0:
-            return []
-        return [
-            request
-            for request in idle
-            if request.pending(segment) and (not request.decoding or request.live_segment == segment)
-        ]
+    def _ready_that_fit(self) -> int:
+        """Ready requests that a pass over segment 0 could take."""
+        count = len(self.standing.ready)
+        slots = (self.pool.capacity - self.pool.claimed) // self.placement.slots_per_token
+        rows = self.arena.free if self.segments > 1 else count
+        if count <= min(slots, rows, self.config.max_num_batched_tokens):
+            return count
+        return sum(1 for _ in self._fitting(self.standing.ready.values(), count))
 
-    def _fill_rows(self, idle: list[Request]) -> int:
-        """Rows whose token is decided and that only owe K/V."""
-        if not self.placement.fills_owed:
-            return 0
-        return sum(
-            request.frontiers[0] - request.frontiers[-1] - (0 if request.live_segment == 0 else 1)
-            for request in idle
-            if request.decoding
-        )
-
-    def _shallow(self, idle: list[Request]) -> Iterator[tuple[Request, int]]:
-        """Requests and how many of their rows fit into a pass over segment 0: decode rows, then prompts in chunks."""
-        budget = self.config.max_num_batched_tokens
-        slots = self.pool.capacity - self.pool.claimed
-        rows = self.arena.free if self.segments > 1 else budget
+    def _fitting(self, requests: Iterable[Request], most: int, beside: int = 0) -> Iterator[tuple[Request, int]]:
+        """Requests and how many of their rows fit into a pass over segment 0, with `beside` rows in it already."""
+        budget = self.config.max_num_batched_tokens - beside
+        slots = self.pool.capacity - self.pool.claimed - beside * self.placement.slots_per_token
+        rows = (self.arena.free if self.segments > 1 else self.config.max_num_batched_tokens) - beside
         per_token = self.placement.slots_per_token
-        for decoding in (True, False):
-            for request in idle:
-                if budget == 0 or rows == 0:
-                    return
-                pending = request.pending(0)
-                if request.decoding != decoding or not pending:
+        for request in requests:
+            if budget <= 0 or rows <= 0 or most <= 0:
+                return
+            if request.frontiers[0] >= request.claimed_length:
+                if slots < per_token:
                     continue
-                count = min(pending, budget, rows)
-                if request.frontiers[0] >= request.claimed_length:
-                    if slots < per_token:
-                        continue
-                    slots -= per_token
-                yield request, count
-                budget -= count
-                rows -= count
+                slots -= per_token
+            count = min(len(request.tokens) - request.frontiers[0], budget, rows)
+            yield request, count
+            budget -= count
+            rows -= count
+            most -= 1
 
-    def _spans(self, segment: int) -> tuple[Span, ...]:
-        idle = [request for request in self.running if not request.in_pass]
-        chosen = list(self._shallow(idle) if segment == 0 else self._deep(segment, idle))
-        return tuple(self._span(request, segment, count) for request, count in chosen)
+    def _plan(self, choice: Choice, number: int, now: float) -> Pass:
+        checking = choice.segment > 0 or self.policy.checks_exits(number)
+        chosen = list(self._deep(choice) if choice.segment else self._shallow(choice, now))
+        decode = [count for request, count in chosen if request.stands_at is not None]
+        self._outstanding[number] = _Work(len(decode), sum(decode) - len(decode), len(chosen) - len(decode))
+        spans = [self._span(request, choice.segment, count, checking) for request, count in chosen]
+        assert spans
+        return Pass(number, choice.segment, spans)
 
-    def _deep(self, segment: int, idle: list[Request]) -> Iterator[tuple[Request, int]]:
-        """Buffered rows by age, then prompts, each with the fills they owe; only fills where nothing waits."""
-        by_id = {request.request_id: request for request in self._waiting_at(segment, idle)}
-        order = [by_id.pop(i) for i in self.buffers[segment].oldest_first() if i in by_id]
-        order.extend(by_id.values())
-        if not order or self._fill_rows(idle) > self.config.max_fill_rows:
-            rest = [request for request in idle if request.pending(segment) and request not in order]
-            order.extend(sorted(rest, key=lambda request: -request.pending(segment)))
+    def _shallow(self, choice: Choice, now: float) -> Iterator[tuple[Request, int]]:
+        """Decode rows, those that are due first where not all go, then prompts and replays in chunks."""
+        ready: Iterable[Request] = self.standing.ready.values()
+        if choice.ready < len(self.standing.ready):
+            ready = sorted(ready, key=lambda request: (request.due, *_urgency(request)))
+        taken = 0
+        for request, count in self._fitting(ready, choice.ready):
+            taken += 1
+            yield request, count
+        prompts = self.standing.urgent[0]
+        if prompts:
+            chunk = self._chunk(taken, now)
+            for request, count in self._fitting(sorted(prompts.values(), key=_urgency), len(prompts), beside=taken):
+                if chunk <= 0:
+                    return
+                yield request, min(count, chunk)
+                chunk -= count
+
+    def _chunk(self, decode_rows: int, now: float) -> int:
+        """Prompt rows that a pass may have without making running requests late; at least a floor's worth."""
+        most = self.config.max_num_batched_tokens
+        slack = min([request.due for request in self.running], default=float("inf")) - now
+        if slack == float("inf"):
+            return most
+        while most > CHUNK_FLOOR:
+            load = [Load(decode_rows + most, decode_rows + 1, 0, decode_rows + 1)] * self.segments
+            if sum(self.cost.predict(segment, each) for segment, each in enumerate(load)) <= slack:
+                break
+            most //= 2
+        return most
+
+    def _deep(self, choice: Choice) -> Iterator[tuple[Request, int]]:
+        """Buffered rows by age, then prompts, each with the fills they owe; then those that only owe fills."""
+        segment = choice.segment
+        order = [*self.standing.buffers[segment].oldest_first(), *self.standing.urgent[segment].values()]
+        if choice.fills:
+            known = {request.request_id for request in order}
+            idle = [r for r in self.running if not r.in_pass and r.request_id not in known and r.pending(segment)]
+            order.extend(sorted(idle, key=lambda request: -request.pending(segment)))
         budget = self.config.max_num_batched_tokens
         for request in order:
             if budget == 0:
@@ -221,66 +266,123 @@ class Scheduler:
             yield request, count
             budget -= count
 
-    def _span(self, request: Request, segment: int, count: int) -> Span:
+    def _span(self, request: Request, segment: int, count: int, checking: bool) -> Span:
+        self.standing.leave(request)
         start = request.frontiers[segment]
         stop = start + count
         full, fill, context = self.placement.place(request, segment, start, stop)
         request.in_pass = True
         if stop == len(request.tokens):
-            self.buffers[segment].discard(request.request_id)
-        return Span(
-            request_id=request.request_id,
-            start=start,
-            stop=stop,
-            tokens=np.array(request.tokens[start:stop] if segment == 0 else (), dtype=np.int64),
-            full=full,
-            fill=fill,
-            context=context,
-            evaluations=tuple(evaluations(request, segment, full)),
-        )
+            request.waits_since = None
+        asked = evaluations(request, segment, full)
+        if not checking:
+            self.unchecked += sum(each.threshold is not None and each.target is None for each in asked)
+            asked = [each for each in asked if each.threshold is None or each.target is not None]
+        tokens = request.tokens[start:stop] if segment == 0 else ()
+        return Span(request.request_id, start, stop, tokens, full, fill, context, asked)
 
     # What a pass brought
 
-    def commit(self, done: Pass, result: PassResult) -> list[Request]:
+    def commit(self, done: Pass, result: PassResult, now: float) -> list[Request]:
         """Take in a result: frontiers move, tokens are appended. Returns the requests that got a token or ended."""
         touched: list[Request] = []
+        exits = self._exits(done, result)
+        work = self._outstanding[done.number]
         for index, span in enumerate(done.spans):
             request = self._requests[span.request_id]
             request.in_pass = False
             if result.error is not None or request.abort_asked is not None:
+                self.standing.enter(request, self.passes)
                 self.finish(span.request_id, request.abort_asked or FinishReason.ERROR)
                 touched.append(request)
                 continue
-            before = len(request.tokens)
-            self._advance(request, done.segment, span, result.verdicts[index])
-            if len(request.tokens) > before:
+            before = request.num_output
+            self._advance(request, done.segment, span, result.verdicts[index], exits)
+            if self.standing.enter(request, self.passes):
+                self._buffered(request, now)
+            if request.num_output > before:
+                self.decoding += before == 0
+                work.decided += before > 0
                 touched.append(request)
+                self.deadlines.emitted(request, now, self.policy.rule.full_step(self.decoding))
                 reason = request.ending()
                 if reason is not None:
                     self.finish(request.request_id, reason)
         return touched
 
-    def _advance(self, request: Request, segment: int, span: Span, verdicts: tuple[Verdict, ...]) -> None:
+    def took(self, done: Pass, seconds: float) -> None:
+        """Learn how long a committed pass took, the engine's own time included."""
+        load, work, rule = Load.of(done), self._outstanding.pop(done.number), self.policy.rule
+        self.cost.observe(done.segment, load, seconds)
+        if not work.prompts:
+            rule.observe(work.decided, seconds)
+            if done.segment == 0:
+                self._context = load.entries / load.spans
+        elif work.live:
+            # Prompts came along: the decode rows' share is what they would have taken alone.
+            rule.observe(work.decided, float(rule.seconds(done.segment, work.live, work.fills)))
+
+    def _exits(self, done: Pass, result: PassResult) -> Iterator[bool]:
+        """Which of the decode rows' checks in a pass end in an exit, in the pass's order."""
+        if result.error is not None:
+            return iter(())
+        checks = [
+            (evaluation, verdict)
+            for span, verdicts in zip(done.spans, result.verdicts, strict=True)
+            for evaluation, verdict in zip(span.evaluations, verdicts, strict=True)
+            if evaluation.threshold is not None and evaluation.target is None
+        ]
+        if not checks:
+            return iter(())
+        exits = self.policy.exits(done.segment, checks)
+        self.policy.rates.observe(done.segment, len(exits), sum(exits))
+        return iter(exits)
+
+    def _advance(
+        self, request: Request, segment: int, span: Span, verdicts: Iterable[Verdict], exits: Iterator[bool]
+    ) -> None:
         request.frontiers[segment] = span.stop
         self.placement.passed(request, segment, span)
         for evaluation, verdict in zip(span.evaluations, verdicts, strict=True):
-            if judge(request, segment, evaluation, verdict) and segment < self.segments - 1:
+            check = evaluation.threshold is not None and evaluation.target is None
+            exited = next(exits) if check else verdict.exited
+            if judge(request, segment, evaluation, verdict, exited) and segment < self.segments - 1:
                 self.placement.exited(request, evaluation.position, segment + 1)
         self.placement.skip_ahead(request)
-        self._enter_buffer(request)
 
-    def _enter_buffer(self, request: Request) -> None:
-        """A live row that has come to a boundary waits there, but for a request's first token."""
-        segment = request.live_segment
-        if segment and request.num_output and request.request_id not in self.buffers[segment]:
-            self.buffers[segment].add(request.request_id, self.passes)
+    def _buffered(self, request: Request, now: float) -> None:
+        if request.due < float("inf"):
+            standing, segment = self.standing.buffers, request.stands_at
+            assert segment is not None
+            live, fills = [len(buffer) for buffer in standing], [buffer.fills for buffer in standing]
+            self.deadlines.buffered(request, now, self.policy.rule.seconds_ahead(segment, live, fills))
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless slots, arena rows, buffers and frontiers agree with the requests."""
         self.placement.check_integrity(self.running)
-        for segment, buffer in enumerate(self.buffers):
-            waiting = {r.request_id for r in self.running if r.live_segment == segment and r.decoding and segment}
-            assert set(buffer.oldest_first()) <= waiting
+        idle = {r.request_id: r for r in self.running if not r.in_pass}
+        fresh = Standing(self.segments)
+        for request in idle.values():
+            stands, since = request.stands_at, request.waits_since
+            fresh.enter(request, self.passes)
+            assert (stands, since) == (request.stands_at, request.waits_since)
+        assert fresh.owed == self.standing.owed
+        assert fresh.ready.keys() == self.standing.ready.keys()
+        for now, then in zip(self.standing.buffers, fresh.buffers, strict=True):
+            assert set(now) == set(then)
+            assert now.fills == then.fills
+        assert [set(u) for u in self.standing.urgent] == [set(u) for u in fresh.urgent]
+        assert self.decoding == sum(request.num_output > 0 for request in self.running)
+
+
+@dataclass
+class _Work:
+    """What an outstanding pass does: decoding requests, fills that they owe, other requests; tokens of the former."""
+
+    live: int
+    fills: int
+    prompts: int
+    decided: int = 0
 
 
 def _urgency(request: Request) -> tuple[int, int]:

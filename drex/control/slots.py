@@ -13,7 +13,7 @@ Invariants: a cell is free or in exactly one table; `claimed` covers what admitt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,45 +46,101 @@ class SlotLayout:
 class SegmentTable:
     """Entries of one request at one segment, in order of position: own cells, aliases of another slot, or absent.
 
+    While the cells of each part lie in one run, only their starts are kept.
+
     Args:
-        parts: cells an own entry has.
+        preferred: for each part, the stretch [low, high) of cells to grow in; low is -1 where there is none.
         room: positions the request may reach.
     """
 
-    def __init__(self, parts: int, room: int) -> None:
-        self.cells = np.empty((parts, room), dtype=np.int64)
-        self.aliased = np.zeros(room, dtype=np.bool_)
-        self.preferred: list[tuple[int, int]] = []
+    def __init__(self, preferred: Sequence[tuple[int, int]], room: int) -> None:
+        self.preferred = tuple(preferred)
         self.count = 0
-        self.scattered = False
+        self._starts = [low for low, _ in preferred]
+        self._room = room
+        self._cells: IntArray | None = None
+        self._aliased: BoolArray = np.zeros(0, dtype=np.bool_)
 
-    def append(self, cells: IntArray) -> None:
-        """Add own entries, in order of position. cells: (parts, positions)."""
-        added = cells.shape[1]
-        before = self.cells[:, self.count - 1 : self.count] if self.count else cells[:, :1] - 1
-        steps = np.diff(cells, axis=1, prepend=before)
-        self.scattered = self.scattered or bool((steps != 1).any())
-        self.cells[:, self.count : self.count + added] = cells
+    @property
+    def parts(self) -> int:
+        return len(self.preferred)
+
+    @property
+    def scattered(self) -> bool:
+        """Whether the entries are not in one run a part."""
+        return self._cells is not None
+
+    @property
+    def cells(self) -> IntArray:
+        """Cells by part and entry, or slots where `aliased`. Shape (parts, count)."""
+        if self._cells is not None:
+            return self._cells[:, : self.count]
+        return np.array(self._starts, dtype=np.int64)[:, None] + np.arange(self.count)
+
+    @property
+    def aliased(self) -> BoolArray:
+        """Which entries are aliases. Shape (count,)."""
+        return self._aliased[: self.count] if self.scattered else np.zeros(self.count, dtype=np.bool_)
+
+    def cell(self, part: int, entry: int) -> int:
+        """The cell of one entry."""
+        return self._starts[part] + entry if self._cells is None else int(self._cells[part, entry])
+
+    def next_cell(self, part: int) -> int:
+        """Where the run of a part would go on; -1 where it can't."""
+        if self._cells is None:
+            start = self._starts[part]
+            return start + self.count if start >= 0 else -1
+        last = self.count - 1
+        if last < 0 or self._aliased[last]:
+            return self.preferred[part][0]
+        return int(self._cells[part, last]) + 1
+
+    def append(self, cells: Sequence[Sequence[int]]) -> None:
+        """Add own entries, in order of position; for each part as many cells."""
+        added = len(cells[0])
+        if self._cells is None:
+            if not self.count:
+                self._starts = [part[0] for part in cells]
+            if all(_goes_on(part, self._starts[i] + self.count) for i, part in enumerate(cells)):
+                self.count += added
+                return
+        held = self._scatter()
+        held[:, self.count : self.count + added] = cells
         self.count += added
 
     def append_alias(self, slot: int) -> None:
         """Add an entry that reads another layer's slot at every layer of this segment."""
-        self.cells[:, self.count] = slot
-        self.aliased[self.count] = True
-        self.scattered = True
+        self._scatter()[:, self.count] = slot
+        self._aliased[self.count] = True
         self.count += 1
+
+    def _scatter(self) -> IntArray:
+        """Keep every cell from now on."""
+        if self._cells is None:
+            held = np.empty((self.parts, self._room), dtype=np.int64)
+            held[:, : self.count] = self.cells
+            self._cells, self._aliased = held, np.zeros(self._room, dtype=np.bool_)
+        return self._cells
 
     def context(self) -> tuple[Context, ...]:
         """What attention reads, one for each part."""
-        if not self.scattered:
-            return tuple(Run(int(part[0]) if self.count else 0, self.count) for part in self.cells)
-        aliased = self.aliased[: self.count].copy()
-        return tuple(Scattered(part[: self.count].copy(), aliased) for part in self.cells)
+        if self._cells is None:
+            return tuple([Run(start, self.count) for start in self._starts])
+        aliased = self.aliased.copy()
+        return tuple(Scattered(part.copy(), aliased) for part in self.cells)
 
     def own_cells(self) -> IntArray:
         """All cells this table holds, flat."""
-        own: IntArray = self.cells[:, : self.count][:, ~self.aliased[: self.count]].reshape(-1)
+        own: IntArray = self.cells[:, ~self.aliased].reshape(-1)
         return own
+
+
+def _goes_on(cells: Sequence[int], start: int) -> bool:
+    """Whether cells are consecutive from `start` on."""
+    if isinstance(cells, range):
+        return cells.start == start
+    return list(cells) == list(range(start, start + len(cells)))
 
 
 class SlotPool:
@@ -99,7 +155,9 @@ class SlotPool:
         self.layout = layout
         self.num_cells = tokens * layout.cells_per_token
         self.claimed = 0
-        self._free: BoolArray = np.ones(self.num_cells, dtype=np.bool_)
+        # One byte a cell, seen two ways: single cells are quick to reach as bytes, many as an array.
+        self._free_bytes = bytearray(b"\1") * self.num_cells
+        self._free: BoolArray = np.frombuffer(self._free_bytes, dtype=np.bool_)
         self._unpreferred: BoolArray = np.ones(self.num_cells, dtype=np.bool_)
         self._cells_in_use = 0
         self._tables: dict[str, tuple[SegmentTable, ...]] = {}
@@ -126,13 +184,8 @@ class SlotPool:
     def open(self, request_id: str, room: int) -> tuple[SegmentTable, ...]:
         """Give a request its tables, with stretches of the pool where `room` positions could lie in one run."""
         assert request_id not in self._tables
-        tables = tuple(SegmentTable(self.layout.parts(segment), room) for segment in range(len(self.layout.lengths)))
-        for table in tables:
-            for _ in range(table.cells.shape[0]):
-                start = self._find_stretch(room)
-                table.preferred.append((start, start + room if start >= 0 else start))
-                if start >= 0:
-                    self._unpreferred[start : start + room] = False
+        segments = range(len(self.layout.lengths))
+        tables = tuple(SegmentTable(self._prefer(self.layout.parts(segment), room), room) for segment in segments)
         self._tables[request_id] = tables
         return tables
 
@@ -146,9 +199,19 @@ class SlotPool:
             for start, stop in table.preferred:
                 self._unpreferred[start:stop] = True
 
-    def extend(self, table: SegmentTable, positions: int) -> IntArray:
-        """Take cells for `positions` more entries and append them. Returns (parts, positions)."""
-        cells = np.stack([self._take(table, part, positions) for part in range(table.cells.shape[0])])
+    def _prefer(self, parts: int, room: int) -> list[tuple[int, int]]:
+        """A stretch of `room` cells for each part, (-1, -1) where there is none; marked as preferred."""
+        chosen = []
+        for _ in range(parts):
+            start = self._find_stretch(room)
+            chosen.append((start, start + room if start >= 0 else start))
+            if start >= 0:
+                self._unpreferred[start : start + room] = False
+        return chosen
+
+    def extend(self, table: SegmentTable, positions: int) -> tuple[Sequence[int], ...]:
+        """Take cells for `positions` more entries and append them. Returns them, for each part as many."""
+        cells = tuple([self._take(table, part, positions) for part in range(table.parts)])
         table.append(cells)
         return cells
 
@@ -156,23 +219,24 @@ class SlotPool:
         """The flat slot number of a cell's last layer: what an alias of an exit layer names."""
         return (self.layout.layers_per_cell - 1) * self.num_cells + cell
 
-    def _take(self, table: SegmentTable, part: int, positions: int) -> IntArray:
+    def _take(self, table: SegmentTable, part: int, positions: int) -> Sequence[int]:
         low, high = table.preferred[part]
-        start = low
-        if table.count:
-            last = int(table.cells[part, table.count - 1])
-            start = last + 1 if not table.aliased[table.count - 1] else low
+        start = table.next_cell(part)
         stop = start + positions
-        if 0 <= low <= start and stop <= high and self._free[start:stop].all():
-            cells = np.arange(start, stop)
-        else:
-            cells = np.flatnonzero(self._free & self._unpreferred)[:positions]
-            if len(cells) < positions:
-                cells = np.flatnonzero(self._free)[:positions]
+        self._cells_in_use += positions
+        if 0 <= low <= start and stop <= high and self._free_bytes.find(0, start, stop) < 0:
+            if positions == 1:
+                self._free_bytes[start] = 0
+            else:
+                self._free[start:stop] = False
+            return range(start, stop)
+        cells = np.flatnonzero(self._free & self._unpreferred)[:positions]
+        if len(cells) < positions:
+            cells = np.flatnonzero(self._free)[:positions]
         assert len(cells) == positions, "the pool is short of slots that were claimed"
         self._free[cells] = False
-        self._cells_in_use += positions
-        return cells
+        taken: list[int] = cells.tolist()
+        return taken
 
     def _find_stretch(self, room: int) -> int:
         """The first `room` cells in a row that are free and nobody prefers, or -1."""

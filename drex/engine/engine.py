@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -57,7 +56,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Take in a request. Raises ValueError if it could never be served."""
         params = request.params
-        self.scheduler.add(request)
+        self.scheduler.add(request, self.executor.now())
         self._samples[request.request_id] = _Sample(
             request,
             Detokenizer(
@@ -82,24 +81,28 @@ class Engine:
 
     def step(self) -> list[Emitted]:
         """Run one pass. Returns what it brought to each request that got a token or ended."""
-        started = time.perf_counter()
-        batch = self.scheduler.next()
+        executor, scheduler = self.executor, self.scheduler
+        started = executor.now()
+        batch = scheduler.next(started)
         if batch is None:
             return []
-        planned = time.perf_counter()
+        planned = executor.now()
         try:
-            self.executor.submit(batch)
-            result = self.executor.collect()
+            executor.submit(batch)
+            result = executor.collect()
         except BaseException as error:  # an interruption: the pass is lost, and so are its requests
-            for request in self.scheduler.commit(batch, PassResult((), RuntimeError(f"interrupted: {error!r}"))):
+            lost = PassResult((), RuntimeError(f"interrupted: {error!r}"))
+            for request in scheduler.commit(batch, lost, executor.now()):
                 self._samples.pop(request.request_id, None)
             raise
-        executed = time.perf_counter()
-        out = [self._emit(request, result.error) for request in self.scheduler.commit(batch, result)]
+        executed = executor.now()
+        out = [self._emit(request, result.error) for request in scheduler.commit(batch, result, executed)]
+        ended = executor.now()
+        scheduler.took(batch, ended - started)
         self.stats.passes += 1
         self.stats.rows += batch.rows
         self.stats.executor_seconds += executed - planned
-        self.stats.own_seconds += planned - started + time.perf_counter() - executed
+        self.stats.own_seconds += planned - started + ended - executed
         return out
 
     def _emit(self, request: Request, error: Exception | None) -> Emitted:

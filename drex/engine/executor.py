@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Protocol
 
 from drex.compute.segments import SegmentRunner
@@ -13,6 +14,9 @@ log = logging.getLogger(__name__)
 
 class Executor(Protocol):
     """Runs passes in the order in which they were submitted."""
+
+    def now(self) -> float:
+        """The time, in seconds from some start."""
 
     def submit(self, batch: Pass) -> None:
         """Start a pass."""
@@ -27,6 +31,9 @@ class TorchExecutor:
     def __init__(self, runner: SegmentRunner) -> None:
         self.runner = runner
         self._results: list[PassResult] = []
+
+    def now(self) -> float:
+        return time.perf_counter()
 
     def submit(self, batch: Pass) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Training of a small early-exit decoder from text: what `drex train` does.
+"""Training of a small early-exit decoder from text: what `drex train` does, from the text to the finished folder.
 
 Writes an ordinary Hugging Face folder (which `transformers` loads) with `early_exit.json` and the exit heads' weights
 beside it, and `training/` with the log, the loss plot and the checkpoint that an interrupted run resumes from.
@@ -17,117 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from drex.checkpoint import EXIT_WEIGHTS_FILE, EarlyExitFile, ExitSpec, write_early_exit
-from drex.compute.heads import ExitHead
 from drex.tuning.corpus import Blocks, Document, split_held_out, tokenize, train_tokenizer
 from drex.tuning.losses import exit_loss_weights
+from drex.tuning.model import EarlyExitModel, write_checkpoint
 from drex.tuning.optim import Muon
+from drex.tuning.plot import plot_losses
+from drex.tuning.recipe import TrainConfig
 
 CHECKPOINT_SECONDS = 300.0
-UNCALIBRATED_THRESHOLD = 0.9
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The recipe. Sizes in tokens; learning rates are peaks of a warm-up and cosine schedule down to a fiftieth."""
-
-    exits: tuple[int, ...] = (4, 8)
-    exit_head: str = "norm"
-    hidden_size: int = 256
-    intermediate_size: int = 768
-    num_layers: int = 12
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    sequence_length: int = 512
-    tokens: int = 12_000_000
-    batch_tokens: int = 8192
-    micro_batch_tokens: int = 1024
-    muon_lr: float = 0.02
-    adam_lr: float = 0.003
-    weight_decay: float = 0.05
-    warmup_share: float = 0.02
-    exit_loss: str = "ee_llm"
-    exit_weights: tuple[float, ...] | None = None
-    rotate_exits: bool = True
-    held_out_share: float = 0.02
-    held_out_tokens: int = 131_072
-    autocast: bool = False
-    compile: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.exits or list(self.exits) != sorted(set(self.exits)) or self.exits[0] < 1:
-            raise ValueError(f"exits {self.exits}: name at least one layer count, ascending, from 1 on")
-        if self.exits[-1] >= self.num_layers:
-            raise ValueError(f"exit after layer {self.exits[-1]}: the model has {self.num_layers}, so exits end before")
-        if self.batch_tokens % self.micro_batch_tokens or self.micro_batch_tokens % self.sequence_length:
-            raise ValueError(
-                "batch_tokens must be a multiple of micro_batch_tokens, and that one of sequence_length "
-                f"(got {self.batch_tokens}, {self.micro_batch_tokens}, {self.sequence_length})"
-            )
-        if self.tokens < self.batch_tokens:
-            raise ValueError(f"tokens {self.tokens}: train on at least one batch of {self.batch_tokens}")
-
-    @property
-    def steps(self) -> int:
-        return self.tokens // self.batch_tokens
-
-
-class EarlyExitModel(nn.Module):
-    """A Hugging Face Llama with exit heads, for training."""
-
-    def __init__(self, config: TrainConfig, vocab_size: int, eos_token_id: int) -> None:
-        super().__init__()
-        self.exits = config.exits
-        self.hf = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=vocab_size,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_key_value_heads=config.num_kv_heads,
-                max_position_embeddings=config.sequence_length,
-                tie_word_embeddings=True,
-                bos_token_id=None,
-                eos_token_id=eos_token_id,
-                use_cache=False,
-            )
-        )
-        eps = self.hf.config.rms_norm_eps
-        self.heads = nn.ModuleList(
-            ExitHead(config.exit_head, config.hidden_size, config.intermediate_size, vocab_size, eps)
-            for _ in config.exits
-        )
-        for head in self.heads:
-            assert isinstance(head, ExitHead)
-            head.start_from(self.hf.model.norm.weight, self.hf.lm_head.weight)
-
-    def losses(self, blocks: Tensor, exits: Sequence[int]) -> list[Tensor]:
-        """Mean cross-entropy in nats a token at the given exits (indices), then at the end. blocks: (batch, n + 1)."""
-        inputs, targets = blocks[:, :-1], blocks[:, 1:].reshape(-1)
-        model = self.hf.model
-        hidden = model.embed_tokens(inputs)
-        positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
-        rotary = model.rotary_emb(hidden, positions)
-        out: list[Tensor] = []
-        wanted = {self.exits[i]: i for i in exits}
-        for count, layer in enumerate(model.layers, 1):
-            hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
-            if count in wanted:
-                head = self.heads[wanted[count]]
-                logits = head(hidden, model.norm, self.hf.lm_head.weight)
-                out.append(F.cross_entropy(logits.flatten(0, 1).float(), targets))
-        logits = self.hf.lm_head(model.norm(hidden))
-        out.append(F.cross_entropy(logits.flatten(0, 1).float(), targets))
-        return out
 
 
 @dataclass
@@ -167,24 +69,11 @@ def train(
     """
     config = config or TrainConfig()
     folder = _prepare(Path(out), resume)
-    training, held_out = split_held_out(documents, config.held_out_share)
-    if resume:
-        tokenizer = AutoTokenizer.from_pretrained(out)
-    elif isinstance(tokenizer, int):
-        tokenizer = train_tokenizer(training, tokenizer)
-    assert not isinstance(tokenizer, int)
-    tokenizer.save_pretrained(out)
-    train_blocks = Blocks(tokenize(training, tokenizer), config.sequence_length)
-    test_blocks = Blocks(tokenize(held_out, tokenizer), config.sequence_length)
-    if not len(train_blocks) or not len(test_blocks):
-        raise ValueError(
-            f"too little text: {len(train_blocks.ids)} training and {len(test_blocks.ids)} held-out tokens, and a "
-            f"block takes {config.sequence_length}; add documents or raise held_out_share"
-        )
+    vocabulary, train_blocks, test_blocks = _read(documents, tokenizer, Path(out), config, resume)
     torch.manual_seed(config.seed)
-    eos = tokenizer.eos_token_id
+    eos = vocabulary.eos_token_id
     assert isinstance(eos, int)
-    run = _Run(config, EarlyExitModel(config, len(tokenizer), eos).to(device), train_blocks, folder, device)
+    run = _Run(config, EarlyExitModel(config, len(vocabulary), eos).to(device), train_blocks, folder, device)
     if resume:
         run.load()
     run.loop(console or Console(stderr=True))
@@ -196,9 +85,9 @@ def train(
         held_out_loss=held_out_loss,
         hours=run.seconds / 3600,
     )
-    _write_checkpoint(run.model, Path(out), config.exit_head)
+    write_checkpoint(run.model, Path(out), config.exit_head)
     (folder / "report.json").write_text(json.dumps({**asdict(report), "config": asdict(config)}, indent=2) + "\n")
-    _plot(folder / "log.jsonl", folder / "loss.png")
+    plot_losses(folder / "log.jsonl", folder / "loss.png")
     return report
 
 
@@ -213,6 +102,31 @@ def _prepare(out: Path, resume: bool) -> Path:
     except OSError as error:
         raise ValueError(f"cannot write to {out} ({error.strerror}): name a folder that you may write to") from error
     return folder
+
+
+def _read(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase | int,
+    out: Path,
+    config: TrainConfig,
+    resume: bool,
+) -> tuple[PreTrainedTokenizerBase, Blocks, Blocks]:
+    """The tokeniser, which it writes to `out`, and the blocks to train on and to measure on."""
+    training, held_out = split_held_out(documents, config.held_out_share)
+    if resume:
+        tokenizer = AutoTokenizer.from_pretrained(out)
+    elif isinstance(tokenizer, int):
+        tokenizer = train_tokenizer(training, tokenizer)
+    assert not isinstance(tokenizer, int)
+    tokenizer.save_pretrained(out)
+    train_blocks = Blocks(tokenize(training, tokenizer), config.sequence_length)
+    test_blocks = Blocks(tokenize(held_out, tokenizer), config.sequence_length)
+    if not len(train_blocks) or not len(test_blocks):
+        raise ValueError(
+            f"too little text: {len(train_blocks.ids)} training and {len(test_blocks.ids)} held-out tokens, and a "
+            f"block takes {config.sequence_length}; add documents or raise held_out_share"
+        )
+    return tokenizer, train_blocks, test_blocks
 
 
 class _Run:
@@ -337,38 +251,3 @@ class _Run:
         self.step, self.seconds = state["step"], state["seconds"]
         log = self.folder / "log.jsonl"
         log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[: self.step]))
-
-
-def _write_checkpoint(model: EarlyExitModel, out: Path, head: str) -> None:
-    model.to(torch.bfloat16)
-    model.hf.config.use_cache = True
-    model.hf.save_pretrained(out)
-    weights = {
-        f"exits.{layer}.{name}": tensor.to(torch.bfloat16).contiguous()
-        for layer, exit_head in zip(model.exits, model.heads, strict=True)
-        for name, tensor in exit_head.state_dict().items()
-    }
-    if weights:
-        save_file(weights, out / EXIT_WEIGHTS_FILE)
-    exits = tuple(ExitSpec(layer, head, EXIT_WEIGHTS_FILE if weights else None) for layer in model.exits)
-    thresholds = (UNCALIBRATED_THRESHOLD,) * len(exits)
-    write_early_exit(out, EarlyExitFile(exits=exits, criterion="max_prob", thresholds=thresholds))
-
-
-def _plot(log: Path, picture: Path) -> None:
-    """Draw the training losses; needs matplotlib, which the `train` extra installs, and is left out without it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for key in sorted({key for record in records for key in record} - {"step", "tokens"}):
-        points = [(record["tokens"] / 1e6, record[key]) for record in records if key in record]
-        label = "final" if key == "loss" else key.replace("_", " after layer ")
-        axes.plot(*zip(*points, strict=True), label=label, lw=0.8)
-    axes.set(xlabel="tokens seen (millions)", ylabel="training loss (nats a token)", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(picture, dpi=150)

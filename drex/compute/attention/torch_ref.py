@@ -47,9 +47,9 @@ class TorchAttention:
         self._readers: list[_Reader] = []
         start = 0
         for span in spans:
-            if not len(span.full):
+            if not span.full.size:
                 continue
-            stop = start + len(span.full)
+            stop = start + span.full.size
             runs = tuple(isinstance(context, Run) for context in span.context)
             parts = tuple(self._part(context) for context in span.context)
             self._readers.append(_Reader(start, stop, _mask(span, pool.keys.device), parts, runs))
@@ -100,7 +100,7 @@ def _views(memory: Tensor, run: Run) -> tuple[Tensor, ...]:
     """
     planes, _, kv_heads, head_dim = memory.shape
     plane, cell, head, _ = memory.stride()
-    size, stride = (planes, 1, kv_heads, run.count, head_dim), (plane, 0, head, cell, 1)
+    size, stride = (planes, 1, kv_heads, run.length, head_dim), (plane, 0, head, cell, 1)
     return memory.as_strided(size, stride, memory.storage_offset() + run.start * cell).unbind(0)
 
 
@@ -109,11 +109,9 @@ def _mask(span: Span, device: torch.device) -> Tensor | None:
 
     None where one row sees all of them, or where the rows are all the entries, so that plain causal attention serves.
     """
-    first = span.context[0]
-    entries = first.count if isinstance(first, Run) else len(first.entries)
-    rows = len(span.full)
-    sees_all = rows == 1 and int(span.full.visible[0]) == entries
-    if sees_all or (rows == entries and int(span.full.visible[0]) == 1):
+    entries, rows, visible = span.context[0].length, span.full.size, span.full.visible
+    sees_all = rows == 1 and visible[0] == entries
+    if sees_all or (rows == entries and visible[0] == 1):
         return None
-    visible = torch.from_numpy(span.full.visible).to(device)
-    return (torch.arange(entries, device=device)[None] < visible[:, None])[None, None]
+    limits = torch.tensor(list(visible), device=device)
+    return (torch.arange(entries, device=device)[None] < limits[:, None])[None, None]

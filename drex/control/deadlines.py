@@ -1,0 +1,67 @@
+"""When each request's next token is due, by its own targets and the engine's bound on slowdown.
+
+Token k of a request (from 0) is due at first token + k · tpot, and at the token before + itl. `max_slowdown` times what
+full depth would take for each token, at as many in flight, adds up to a due time of its own. Times are in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from drex.request import Request
+
+CHUNK_FLOOR = 16
+"""Prompt rows a pass may have whatever is due: prompts are never starved by deadlines."""
+
+
+class Deadlines:
+    """Sets due times and counts what could not be kept.
+
+    Args:
+        max_slowdown: bound on how much longer than at full depth any request may take; None: no bound.
+
+    Attributes:
+        infeasible: tokens that were due before the passes still ahead of them could have run, when they were buffered.
+        late: tokens that came after they were due.
+    """
+
+    def __init__(self, max_slowdown: float | None) -> None:
+        self.max_slowdown = max_slowdown
+        self.infeasible = 0
+        self.late = 0
+
+    def emitted(self, request: Request, now: float, full_step: float) -> None:
+        """A token came; set when the next is due.
+
+        Args:
+            request: with the token.
+            now: time.
+            full_step: seconds a token takes at full depth, with as many in flight.
+        """
+        if now > request.due + 1e-9:
+            self.late += 1
+        params = request.params
+        if request.first_token_at is None:
+            request.first_token_at = request.paced_due = now
+        request.last_token_at = now
+        due = math.inf
+        if params.tpot_ms is not None:
+            due = request.first_token_at + request.num_output * params.tpot_ms / 1e3
+        if params.itl_ms is not None:
+            due = min(due, now + params.itl_ms / 1e3)
+        if self.max_slowdown is not None:
+            request.paced_due += self.max_slowdown * full_step
+            due = min(due, request.paced_due)
+        request.due = due
+
+    def buffered(self, request: Request, now: float, ahead: float) -> None:
+        """A row enters a buffer with `ahead` seconds of passes before its token."""
+        if now + ahead > request.due:
+            self.infeasible += 1
+
+
+def tightest_tpot(requests: Iterable[Request]) -> float:
+    """The smallest target per token among requests, in seconds; infinite where there is none."""
+    targets = [t for r in requests for t in (r.params.tpot_ms, r.params.itl_ms) if t is not None]
+    return min(targets, default=math.inf) / 1e3

@@ -1,0 +1,177 @@
+"""The decision rule: which segment pays now. See docs/scheduling.md for why it comes close to the optimum.
+
+θ is the rate of tokens that the engine earns, a moving average. A row that starts earns one token in the end. Running
+the shallow segment on n ready rows is worth
+
+    n - θ · [T_0(n) + ΔT_deep(n)]
+
+where ΔT_deep is what these rows will add to flushes that happen anyway. If no n makes that positive, a buffer is
+flushed. With two exit points that falls short of the optimum, and the solved table decides; with more, the same
+comparison is made segment by segment, from the shallowest on.
+
+Invariants: what was observed takes effect at a refresh, and refreshes happen at recorded pass numbers, so that a run
+with the same results and times decides the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from drex.control.cost import CostModel, FloatArray
+from drex.control.outlook import Outlook
+
+PRIOR_RATE, PRIOR_WEIGHT = 0.5, 8.0
+"""Before anything was seen, as if this share of so many rows had exited."""
+MEMORY = 2000.0
+"""Rows over which exit rates are remembered: older ones fade by a factor e each so many."""
+REFRESH = 16
+"""Passes between refreshes of the tables that decisions are read from."""
+EARNING_MEMORY = 128.0
+"""Passes over which θ is averaged."""
+
+
+class ExitRates:
+    """Share of the rows at each exit point that exit there: a moving average from a prior."""
+
+    def __init__(self, exits: int) -> None:
+        self._exited = [PRIOR_RATE * PRIOR_WEIGHT] * exits
+        self._seen = [PRIOR_WEIGHT] * exits
+
+    def observe(self, exit_index: int, rows: int, exited: int) -> None:
+        """Count the rows of a pass."""
+        fade = math.exp(-rows / MEMORY)
+        self._seen[exit_index] = self._seen[exit_index] * fade + rows
+        self._exited[exit_index] = self._exited[exit_index] * fade + exited
+
+    def __getitem__(self, exit_index: int) -> float:
+        return self._exited[exit_index] / self._seen[exit_index]
+
+    def all(self) -> tuple[float, ...]:
+        """At each exit point."""
+        return tuple(exited / seen for exited, seen in zip(self._exited, self._seen, strict=True))
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What stands where: `ready` requests before segment 0; live rows and the fills they owe at each segment (0: 0)."""
+
+    ready: int
+    live: Sequence[int]
+    fills: Sequence[int]
+
+
+class FlushRule:
+    """Decides on counts alone.
+
+    Args:
+        cost: of passes.
+        rates: of exits.
+        kv_fill: what the layers that a token skipped cost later.
+        most: rows of a pass that are told apart; beyond, costs are those of so many.
+    """
+
+    def __init__(self, cost: CostModel, rates: ExitRates, kv_fill: str, most: int) -> None:
+        self.cost, self.rates, self.kv_fill = cost, rates, kv_fill
+        self.counts = np.arange(most + 1, dtype=np.float64)
+        self._tokens = self._seconds = 0.0
+        self._context = 0.0
+        self.outlook = Outlook(cost, kv_fill)
+        self._refresh()
+
+    @property
+    def earning(self) -> float:
+        """θ, tokens a second."""
+        return self._tokens / self._seconds
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Count a pass: tokens decided, and what it took."""
+        fade = math.exp(-1.0 / EARNING_MEMORY)
+        self._tokens, self._seconds = self._tokens * fade + tokens, self._seconds * fade + seconds
+
+    def tick(self, pass_number: int, decoding: int, context: float) -> None:
+        """A decision is due: refresh what it is read from, if it is time.
+
+        Args:
+            pass_number: of the pass that is decided on.
+            decoding: requests that decode.
+            context: mean K/V entries of these.
+        """
+        if self._seconds == 0.0:
+            # Nothing was earned yet: full depth is what it takes without exits.
+            count = np.array([float(max(1, decoding))])
+            seconds = float(self.cost.full_depth(count, context)[0])
+            self._tokens, self._seconds = float(count[0]), seconds
+        if pass_number % REFRESH == 0:
+            self._context = context
+            self._refresh()
+        self.outlook.tick(pass_number, decoding, self.rates.all(), context)
+
+    def _refresh(self) -> None:
+        counts, context, segments = self.counts, self._context, range(self.cost.segments)
+        self._exits = self.rates.all()
+        self._full = self.cost.full_depth(counts, context)
+        self._rows = [self.cost.row_seconds(segment, counts) for segment in segments]
+        self._live = [self.cost.live_seconds(segment, counts, context) for segment in segments]
+
+    def seconds(self, segment: int, live: FloatArray | float, fills: FloatArray | float) -> FloatArray:
+        """Passes over live rows and the fills that they owe, as of the last refresh; numbers or arrays."""
+        out: FloatArray = np.interp(live, self.counts, self._live[segment])
+        if self.kv_fill == "recompute":
+            return out + np.interp(np.add(live, fills), self.counts, self._rows[segment])
+        out = out + np.interp(live, self.counts, self._rows[segment])
+        if self.kv_fill == "project":
+            return out + self.cost.profile.segments[segment].kv_row * np.asarray(fills)
+        return out
+
+    def seconds_ahead(self, segment: int, live: Sequence[int], fills: Sequence[int]) -> float:
+        """What a row has ahead of it from a segment on, if it goes through with all that wait on the way."""
+        rows, total = 0.0, 0.0
+        for deeper in range(segment, len(live)):
+            rows += live[deeper]
+            total += float(self.seconds(deeper, max(1.0, rows), float(fills[deeper])))
+        return total
+
+    def head_seconds(self, segment: int, rows: float) -> float:
+        """An exit check of so many rows, about."""
+        return float(self.cost.profile.segments[segment].head.at(np.float64(rows)))  # type: ignore[arg-type]
+
+    def full_step(self, decoding: int) -> float:
+        """What a token takes at full depth with so many decoding, as of the last refresh."""
+        return float(self._full[min(decoding, len(self._full) - 1)])
+
+    def choose(self, waiting: Waiting) -> tuple[int, int] | None:
+        """The segment to run, and how many of the ready rows where that is 0; None if nothing waits anywhere."""
+        if waiting.ready and not any(waiting.live):
+            return 0, waiting.ready
+        if len(waiting.live) == 3 and any(waiting.live):
+            chosen = self.outlook.choose(waiting.ready, *waiting.live[1:])
+            if chosen is not None:
+                return chosen, waiting.ready
+        if waiting.ready:
+            rows = self.counts[1 : waiting.ready + 1]
+            worth = self._worth(0, rows, 0.0, waiting)
+            best = int(worth.argmax())
+            if worth[best] > 0:
+                return 0, best + 1
+        held = [segment for segment, live in enumerate(waiting.live) if live]
+        for segment in held[:-1]:
+            rows = np.array([float(waiting.live[segment])])
+            if self._worth(segment, rows, float(waiting.fills[segment]), waiting)[0] > 0:
+                return segment, 0
+        return (held[-1], 0) if held else None
+
+    def _worth(self, segment: int, rows: FloatArray, fills: float, waiting: Waiting) -> FloatArray:
+        """Worth in tokens of running a segment on so many rows now: one each, less θ times what they take."""
+        seconds = self.seconds(segment, rows, fills)
+        live = rows
+        for deeper in range(segment + 1, len(waiting.live)):
+            live = live * (1.0 - self._exits[deeper - 1])
+            # That flush happens anyway: its first row, which pays the fixed cost, is not charged.
+            base, owed = max(1.0, float(waiting.live[deeper])), float(waiting.fills[deeper])
+            more = self.seconds(deeper, base + live, owed + fills + rows - live) - self.seconds(deeper, base, owed)
+            seconds = seconds + more
+        return rows - self.earning * seconds

@@ -1,0 +1,240 @@
+"""Measures what passes take on the machine at hand, and fits the profile that decisions are read from.
+
+Made-up passes run through the real segment runner, over K/V slots that nobody uses yet. Times are medians of
+repetitions, in seconds.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn
+
+from drex.compute.segments import SegmentRunner
+from drex.config import EngineConfig, ExitRule
+from drex.control.cost import Curve, Profile, SegmentCost
+from drex.control.plan import Draws, Evaluation, Pass, Rows, Run, Span
+from drex.request import SamplingParams
+
+GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+REPEATS = (3, 7)
+POINT_SECONDS = 0.08
+"""Repetitions of one measurement stop at the larger number, or at the smaller one once they took this long."""
+CONTEXT = 48
+LONG_CONTEXT = 8
+"""How many times as long the contexts are that tell what an entry costs."""
+TINY = 1e-7
+NO_ROWS = Rows((), (), (), ())
+
+
+class Profiler:
+    """Runs made-up passes.
+
+    Args:
+        runner: of the model; its K/V slots are overwritten.
+        config: for the largest passes.
+        rule: of the exits, for what a check costs.
+        kv_fill: `project` also has its K/V-only rows measured.
+    """
+
+    def __init__(self, runner: SegmentRunner, config: EngineConfig, rule: ExitRule, kv_fill: str) -> None:
+        self.runner, self.config, self.kv_fill = runner, config, kv_fill
+        self.layout = runner.layout
+        params = SamplingParams(temperature=0.0)
+        self._draws = Draws(rule, params, 0, 0, (0,) * config.max_model_len, 0)
+
+    def measure(self, *, progress: bool = False) -> Profile:
+        """All segments, with the number of threads that torch has now."""
+        most = self.config.max_num_batched_tokens
+        largest = min(most, 2 * self.config.max_num_seqs + self.config.max_fill_rows)
+        grid = [count for count in GRID if count < largest] + [largest]
+        segments = []
+        with _bar("measuring this machine", len(self.layout.lengths) * len(grid), progress) as advance:
+            for segment in range(len(self.layout.lengths)):
+                segments.append(self._segment(segment, grid, advance))
+        return Profile(tuple(segments), torch.get_num_threads() if self._on_cpu else None, machine_name(self.runner))
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.runner.decoder.device.type == "cpu"
+
+    def full_depth_seconds(self, rows: int) -> float:
+        """One token for each of so many requests, through all segments, exit heads left out."""
+        last = len(self.layout.lengths) - 1
+        passes = [self._decode(s, rows, self._context(s, rows), rows if s == last else 0) for s in range(last + 1)]
+        return self._time(lambda: [self.runner.run(each) for each in passes])
+
+    def _segment(self, segment: int, grid: list[int], advance: Callable[[], None]) -> SegmentCost:
+        widest = min(self.config.max_num_seqs, self._room(segment))
+        live = [count for count in grid if count < widest] + [widest]
+        head_of_one = self._head_of_one(segment)
+        entry = self._entry(segment, min(8, widest))
+        one_each = {n: self._time_pass(self._decode(segment, n, self._context(segment, n), 1)) for n in live}
+        all_asked = {n: self._time_pass(self._decode(segment, n, self._context(segment, n), n)) for n in live}
+        together = {}
+        for count in grid:
+            if count <= self._room(segment):
+                seconds = self._time_pass(self._prompt(segment, count))
+                together[count] = max(TINY, seconds - head_of_one - entry * count)
+            advance()
+        span = statistics.median(
+            [
+                (one_each[n] - head_of_one - entry * n * self._context(segment, n) - together[n]) / (n - 1)
+                for n in live
+                if n > 1 and n in together
+            ]
+            or [0.0]
+        )
+        span = max(0.0, span)
+        rows = {n: one_each[n] - head_of_one - span * (n - 1) - entry * n * self._context(segment, n) for n in live}
+        rows = {n: max(TINY, seconds) for n, seconds in rows.items()}
+        rows.update({n: seconds for n, seconds in together.items() if n > widest})
+        head = {n: head_of_one + max(0.0, all_asked[n] - one_each[n]) for n in live}
+        return SegmentCost(_rising(rows), _rising(head), span, entry, self._kv_row(segment, widest))
+
+    def _head_of_one(self, segment: int) -> float:
+        """One evaluation."""
+        decoder, ask = self.runner.decoder, [self._evaluation(0, 0)]
+        hidden = torch.zeros(1, decoder.spec.hidden_size, device=decoder.device, dtype=decoder.dtype)
+        return max(TINY, self._time(lambda: self.runner.evaluate(segment, hidden, hidden, ask)))
+
+    def _entry(self, segment: int, rows: int) -> float:
+        """A K/V entry that attention reads."""
+        short = self._context(segment, rows)
+        long = min(short * LONG_CONTEXT, self._room(segment) // rows, self.config.max_model_len)
+        if long <= short:
+            return 0.0
+        near, far = (self._time_pass(self._decode(segment, rows, context, 1)) for context in (short, long))
+        return max(0.0, (far - near) / (rows * (long - short)))
+
+    def _kv_row(self, segment: int, rows: int) -> float:
+        """A row that only writes K/V."""
+        if self.kv_fill != "project" or segment == 0:
+            return 0.0
+        rows = min(rows, 16, self._room(segment) // (2 * CONTEXT)) or 1
+        context = self._context(segment, 2 * rows)
+        plain, more = (self._time_pass(self._decode(segment, rows, context, 1, fills)) for fills in (0, rows))
+        return max(0.0, (more - plain) / rows)
+
+    # Made-up passes
+
+    def _room(self, segment: int) -> int:
+        """Positions that fit into the pool at a segment."""
+        return self.runner.pool.num_cells // self.layout.parts(segment)
+
+    def _context(self, segment: int, rows: int) -> int:
+        return max(1, min(CONTEXT, self._room(segment) // rows, self.config.max_model_len))
+
+    def _decode(self, segment: int, rows: int, context: int, asked: int, fills: int = 0) -> Pass:
+        """Rows of as many requests, the first `asked` of them evaluated, the first `fills` with a K/V-only row."""
+        spans = []
+        for number in range(rows):
+            full = self._rows(segment, context - 1, context, number * context, number)
+            fill = self._rows(segment, context - 1, context, number * context, rows + number)
+            runs = self._runs(segment, number * context, context)
+            evaluations = [self._evaluation(0, context - 1)] if number < asked else []
+            tokens = [number] if segment == 0 else []
+            fill = fill if number < fills else NO_ROWS
+            spans.append(Span(f"{number}", context - 1, context, tokens, full, fill, runs, evaluations))
+        return Pass(0, segment, spans)
+
+    def _prompt(self, segment: int, rows: int) -> Pass:
+        """Rows of one request from its start; in chunks of the longest request where there are more rows than that."""
+        spans, left, start = [], rows, 0
+        while left:
+            count = min(left, self.config.max_model_len)
+            full = self._rows(segment, 0, count, start, start)
+            last = left == count
+            evaluations = [self._evaluation(count - 1, count - 1)] if last else []
+            tokens = [0] * count if segment == 0 else []
+            runs = self._runs(segment, start, count)
+            spans.append(Span(f"{start}", 0, count, tokens, full, NO_ROWS, runs, evaluations))
+            left, start = left - count, start + count
+        return Pass(0, segment, spans)
+
+    def _rows(self, segment: int, first: int, stop: int, cell: int, arena: int) -> Rows:
+        """Positions first … stop - 1 of a request whose cells start at `cell` of each part."""
+        positions = range(first, stop)
+        room = self._room(segment)
+        cells = tuple(
+            range(part * room + cell + first, part * room + cell + stop) for part in range(self.layout.parts(segment))
+        )
+        capacity = max(1, len(self.runner.arena))
+        return Rows(
+            positions,
+            [(arena + i) % capacity for i in range(len(positions))],
+            cells,
+            range(first + 1, stop + 1),
+        )
+
+    def _runs(self, segment: int, cell: int, length: int) -> tuple[Run, ...]:
+        room = self._room(segment)
+        return tuple(Run(part * room + cell, length) for part in range(self.layout.parts(segment)))
+
+    def _evaluation(self, row: int, position: int) -> Evaluation:
+        return Evaluation(row, position, 1.0, self._draws, (0, 0))
+
+    # Time
+
+    def _time_pass(self, batch: Pass) -> float:
+        return self._time(lambda: self.runner.run(batch))
+
+    def _time(self, action: Callable[[], object]) -> float:
+        action()
+        times: list[float] = []
+        least, most = REPEATS
+        while len(times) < most and (len(times) < least or sum(times) < POINT_SECONDS):
+            self._wait()
+            started = time.perf_counter()
+            action()
+            self._wait()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)
+
+    def _wait(self) -> None:
+        if not self._on_cpu:
+            torch.cuda.synchronize(self.runner.decoder.device)
+
+
+def choose_threads(profiler: Profiler, limit: int) -> int:
+    """The number of CPU threads with the best full-depth speed over 1, 8 and 32 requests; sets it."""
+    candidates = sorted({1, max(1, limit // 2), limit})
+    counts = [count for count in (1, 8, 32) if count <= profiler.config.max_num_seqs]
+    scores = {}
+    for threads in candidates:
+        torch.set_num_threads(threads)
+        scores[threads] = statistics.geometric_mean([profiler.full_depth_seconds(count) for count in counts])
+    best = min(scores, key=lambda threads: scores[threads])
+    torch.set_num_threads(best)
+    return best
+
+
+def machine_name(runner: SegmentRunner) -> str:
+    """The device that a model runs on, as people know it."""
+    device = runner.decoder.device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _rising(points: dict[int, float]) -> Curve:
+    """A curve through the points, in order; noise may make one dip below the one before, a machine's steps may too."""
+    counts = sorted(points)
+    return Curve(tuple(map(float, counts)), tuple(points[count] for count in counts))
+
+
+@contextmanager
+def _bar(text: str, total: int, show: bool) -> Iterator[Callable[[], None]]:
+    with Progress(TextColumn(text), BarColumn(), transient=True, disable=not show) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,138 @@
+"""Finds the profile of a model on this machine, or has it measured.
+
+Profiles are kept by all that changes what a pass takes: model shape, exits, device, dtype, threads, torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drex.compute.segments import SegmentRunner
+from drex.config import EngineConfig, ExitPlan
+from drex.control.cost import Profile, nominal
+from drex.tuning.profile import Profiler, choose_threads, machine_name
+
+log = logging.getLogger(__name__)
+FRESH_SECONDS = 30 * 86_400.0
+
+
+def cache_folder() -> Path:
+    """Where profiles are kept: `$DREX_CACHE`, or drex's folder in the user's cache."""
+    chosen = os.environ.get("DREX_CACHE")
+    if chosen:
+        return Path(chosen) / "profiles"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drex" / "profiles"
+
+
+def obtain(
+    asked: Profile | str | Path | None,
+    runner: SegmentRunner,
+    config: EngineConfig,
+    exits: ExitPlan,
+    threads: int | None,
+) -> Profile:
+    """The profile that an engine starts from; sets the number of CPU threads.
+
+    Args:
+        asked: a profile, the file of one, `nominal`, or None: the cached one, or else one that is measured now.
+        runner: of the model; its K/V is overwritten.
+        config, exits: of the engine.
+        threads: for the CPU; None leaves it to OMP_NUM_THREADS, or else to the profile.
+
+    Raises:
+        ValueError: a file that is no profile, or one of a model with other segments.
+    """
+    lengths = runner.layout.lengths
+    on_cpu = runner.decoder.device.type == "cpu"
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads is {threads}: give at least 1")
+        torch.set_num_threads(threads)
+    if asked is not None:
+        profile = nominal(lengths) if asked == "nominal" else asked if isinstance(asked, Profile) else load(asked)
+        if len(profile.segments) != len(lengths):
+            raise ValueError(f"the profile has {len(profile.segments)} segments and the engine {len(lengths)}")
+        return profile
+    free = on_cpu and threads is None and "OMP_NUM_THREADS" not in os.environ
+    key = _key(runner, config, exits, None if free else torch.get_num_threads())
+    profile = find(key)
+    if profile is None:
+        profiler = Profiler(runner, config, exits.rule, exits.kv_fill)
+        if free:
+            choose_threads(profiler, len(os.sched_getaffinity(0)))
+        profile = profiler.measure(progress=sys.stderr.isatty())
+        store(key, profile)
+    elif free and profile.threads is not None:
+        torch.set_num_threads(profile.threads)
+    return profile
+
+
+def load(path: str | Path) -> Profile:
+    """Read a profile's file. Raises ValueError if it is none."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as a profile ({error}): make one with `drex profile`") from error
+    return Profile.from_dict(data)
+
+
+def _key(runner: SegmentRunner, config: EngineConfig, exits: ExitPlan, threads: int | None) -> dict[str, Any]:
+    """All that changes what a pass takes."""
+    spec = runner.decoder.spec
+    return {
+        "sizes": [
+            *(spec.num_layers, spec.hidden_size, spec.intermediate_size, spec.vocab_size),
+            *(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+        ],
+        "segments": list(runner.layout.lengths),
+        "heads": [exit_spec.head for exit_spec in exits.exits],
+        "criterion": exits.rule.criterion,
+        "kv_fill": exits.kv_fill,
+        "rows": [config.max_num_seqs, config.max_num_batched_tokens, config.max_fill_rows],
+        "device": machine_name(runner),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": threads,
+        "dtype": str(runner.decoder.dtype),
+        "torch": torch.__version__,
+    }
+
+
+def find(key: dict[str, Any]) -> Profile | None:
+    """A fresh profile of this key, or None."""
+    path = _path(key)
+    try:
+        if time.time() - path.stat().st_mtime > FRESH_SECONDS:
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return Profile.from_dict(found["profile"]) if found["key"] == key else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("ignoring the profile in %s: %s", path, error)
+        return None
+
+
+def store(key: dict[str, Any], profile: Profile) -> None:
+    """Keep a profile; a cache that can't be written is no reason to stop."""
+    path = _path(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps({"key": key, "profile": profile.to_dict()}), encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        log.warning("the profile was not kept: %s", error)
+
+
+def _path(key: dict[str, Any]) -> Path:
+    text = json.dumps(key, sort_keys=True)
+    return cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
