@@ -65,7 +65,7 @@ def _only_import() -> dict[str, int]:
 def _serve(folder: str, dtype: str) -> dict[str, int]:
     """Load a model with its own exit settings and generate, every byte of its K/V pool touched."""
     from drex import LLM, SamplingParams
-    from drex.engine.executor import TorchExecutor
+    from drex.engine.torch_executor import TorchExecutor
 
     llm = LLM(folder, dtype=dtype, max_num_seqs=IN_FLIGHT, max_model_len=368)
     executor, model = llm.engine.executor, llm.model

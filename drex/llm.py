@@ -15,7 +15,7 @@ from drex.config import EarlyExit, EngineConfig
 from drex.control.cost import CostModel, Profile
 from drex.control.scheduler import Scheduler
 from drex.engine.engine import Emitted, Engine
-from drex.engine.executor import TorchExecutor
+from drex.engine.torch_executor import TorchExecutor
 from drex.intake import Intake, Message, Prompt, load_tokenizer
 from drex.outputs import Chunk, CompletionOutput, ExitStats, RequestOutput, Scored
 from drex.request import Request, SamplingParams

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from drex.compute.noise import gumbel, mix, uniform
+from drex.compute.noise import gumbel
+from drex.control.hashing import mix, uniform
 from drex.request import SamplingParams
 
 

@@ -11,9 +11,10 @@ from conftest import COMMON
 
 from drex import EarlyExit, SamplingParams
 from drex.compute.criteria import Measured
-from drex.compute.noise import GOLDEN, MIX, gumbel, mix, uniform
+from drex.compute.noise import gumbel
 from drex.compute.sampler import judge
 from drex.config import ExitRule
+from drex.control.hashing import GOLDEN, MIX, mix, uniform
 from drex.control.plan import Draws, Evaluation, Verdict
 from drex.engine.detokenizer import Detokenizer
 from drex.llm import LLM

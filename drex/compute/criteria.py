@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drex.compute.noise import uniform
+from drex.control.hashing import uniform
 from drex.control.plan import Evaluation
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from drex.compute.criteria import Measured, agreeing_run, confidences
-from drex.compute.noise import gumbel, mix
+from drex.compute.noise import gumbel
+from drex.control.hashing import mix
 from drex.control.plan import Evaluation, Verdict
 
 

@@ -40,6 +40,7 @@ class Scheduler:
     Attributes:
         preemptions: how often a request has lost its K/V.
         passes: how many were planned.
+        view: what the last pass was chosen from; None where there was no choice.
         unchecked: tokens that could have exited somewhere and were not asked (`adaptive`).
     """
 
@@ -54,9 +55,10 @@ class Scheduler:
         self.deadlines = Deadlines(config.max_slowdown)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.view: View | None = None
         self.preemptions = self.passes = self.unchecked = self.decoding = 0
         self._requests: dict[str, Request] = {}
-        self._outstanding: dict[int, _Work] = {}
+        self._outstanding: dict[int, Work] = {}
         self._context = 0.0
 
     @property
@@ -155,7 +157,7 @@ class Scheduler:
                 return None
 
     def _choose(self, now: float) -> Choice | None:
-        standing = self.standing
+        standing, self.view = self.standing, None
         fit = self._ready_that_fit()
         prompts = standing.urgent[0] and any(True for _ in self._fitting(standing.urgent[0].values(), 1, beside=fit))
         if not fit and not prompts and (standing.ready or standing.urgent[0]):
@@ -166,7 +168,7 @@ class Scheduler:
         if sum(standing.owed) > self.config.max_fill_rows:
             return Choice(max(range(1, self.segments), key=lambda s: standing.owed[s]), fills=True)
         buffers = standing.buffers
-        view = View(
+        self.view = View(
             pass_number=self.passes,
             now=now,
             ready=fit,
@@ -180,7 +182,7 @@ class Scheduler:
             decoding=self.decoding,
             context=self._context,
         )
-        return self.policy.choose(view)
+        return self.policy.choose(self.view)
 
     def _ready_that_fit(self) -> int:
         """Ready requests that a pass over segment 0 could take."""
@@ -214,7 +216,7 @@ class Scheduler:
         checking = choice.segment > 0 or self.policy.checks_exits(number)
         chosen = list(self._deep(choice) if choice.segment else self._shallow(choice, now))
         decode = [count for request, count in chosen if request.stands_at is not None]
-        self._outstanding[number] = _Work(len(decode), sum(decode) - len(decode), len(chosen) - len(decode))
+        self._outstanding[number] = Work(len(decode), sum(decode) - len(decode), len(chosen) - len(decode))
         spans = [self._span(request, choice.segment, count, checking) for request, count in chosen]
         assert spans
         return Pass(number, choice.segment, spans)
@@ -322,6 +324,10 @@ class Scheduler:
             # Prompts came along: the decode rows' share is what they would have taken alone.
             rule.observe(work.decided, float(rule.seconds(done.segment, work.live, work.fills)))
 
+    def work(self, done: Pass) -> Work:
+        """What a pass that `took` was not yet told of did."""
+        return self._outstanding[done.number]
+
     def _exits(self, done: Pass, result: PassResult) -> Iterator[bool]:
         """Which of the decode rows' checks in a pass end in an exit, in the pass's order."""
         if result.error is not None:
@@ -376,7 +382,7 @@ class Scheduler:
 
 
 @dataclass
-class _Work:
+class Work:
     """What an outstanding pass does: decoding requests, fills that they owe, other requests; tokens of the former."""
 
     live: int

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONTEXT_TOKENS = 6
 
@@ -40,7 +40,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._backend: Any = None if tokenizer is None else tokenizer.backend_tokenizer
         self._prefix = list(prompt[-CONTEXT_TOKENS:])
-        self._stream = DecodeStream(ids=self._prefix, skip_special_tokens=skip_special)
+        self._stream = None if tokenizer is None else _stream(self._prefix, skip_special)
         self._ids: list[int] = []
         self._shown = 0
 
@@ -49,7 +49,7 @@ class Detokenizer:
 
         Without `may_stop` (min_tokens is not reached) a stop string that it completes does not count.
         """
-        if self._backend is None:
+        if self._stream is None:
             return ""
         self._ids.append(token_id)
         piece: str = self._stream.step(self._backend, token_id) or ""
@@ -96,3 +96,9 @@ class Detokenizer:
     def _overlap(self, stop: str) -> int:
         """Length of the longest end of the text that a stop string starts with."""
         return next((n for n in range(min(len(stop) - 1, len(self.text)), 0, -1) if self.text.endswith(stop[:n])), 0)
+
+
+def _stream(prefix: list[int], skip_special: bool) -> Any:
+    from tokenizers.decoders import DecodeStream  # the simulator has no text, and runs without tokenizers
+
+    return DecodeStream(ids=prefix, skip_special_tokens=skip_special)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
-
-from drex.control.plan import PassResult
+from drex.control.plan import Pass, PassResult
 from drex.control.scheduler import Scheduler
 from drex.engine.detokenizer import Detokenizer
 from drex.engine.executor import Executor
+from drex.engine.metrics import Metrics, PassRecord
 from drex.outputs import Chunk, CompletionOutput, TokenOutput
 from drex.request import FinishReason, Request, TokenRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Emitted = tuple[str, Chunk, CompletionOutput | None]
 """Request id, what is new, and the whole sample once it is finished."""
@@ -25,6 +28,7 @@ class _Sample:
     request: Request
     detokenizer: Detokenizer
     tokens: list[TokenOutput] = field(default_factory=list)
+    last_at: float = 0.0
 
 
 @dataclass
@@ -45,11 +49,19 @@ class Engine:
         scheduler: decides.
         executor: computes.
         tokenizer: for text; None leaves it empty.
+
+    Attributes:
+        metrics: of requests that ended; may be replaced by fresh ones at any time.
+        history: of passes, where it is a list: set one to have them recorded.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
         self.scheduler, self.executor, self.tokenizer = scheduler, executor, tokenizer
         self.stats = EngineStats()
+        self.metrics = Metrics()
+        self.history: list[PassRecord] | None = None
         self._samples: dict[str, _Sample] = {}
         self._layers = list(accumulate(scheduler.layout.lengths))
 
@@ -72,7 +84,9 @@ class Engine:
         """End a request; what it holds is free again at once. Unknown ids are ignored: it may just have ended."""
         if request_id in self._samples:
             self.scheduler.finish(request_id, FinishReason.ABORT)
-            del self._samples[request_id]
+            request = self._samples.pop(request_id).request
+            if request.finish_reason is not None:
+                self.metrics.ended(request, self.executor.now())
 
     @property
     def busy(self) -> bool:
@@ -96,8 +110,10 @@ class Engine:
                 self._samples.pop(request.request_id, None)
             raise
         executed = executor.now()
-        out = [self._emit(request, result.error) for request in scheduler.commit(batch, result, executed)]
+        out = [self._emit(request, result.error, executed) for request in scheduler.commit(batch, result, executed)]
         ended = executor.now()
+        if self.history is not None:
+            self.history.append(self._record(batch, started, ended - started))
         scheduler.took(batch, ended - started)
         self.stats.passes += 1
         self.stats.rows += batch.rows
@@ -105,8 +121,18 @@ class Engine:
         self.stats.own_seconds += planned - started + ended - executed
         return out
 
-    def _emit(self, request: Request, error: Exception | None) -> Emitted:
+    def _record(self, batch: Pass, started: float, seconds: float) -> PassRecord:
+        view, work = self.scheduler.view, self.scheduler.work(batch)
+        ready, live = (view.ready, tuple(view.live)) if view is not None else (0, ())
+        return PassRecord(
+            batch.number, batch.segment, ready, live, work.prompts > 0, batch.rows, work.decided, started, seconds
+        )
+
+    def _emit(self, request: Request, error: Exception | None, now: float) -> Emitted:
         sample = self._samples[request.request_id]
+        if sample.tokens and len(request.records) > len(sample.tokens):
+            self.metrics.gap(request, now - sample.last_at)
+        sample.last_at = now
         fresh = []
         for number, record in enumerate(request.records[len(sample.tokens) :], len(sample.tokens) + 1):
             may_stop = number >= request.params.min_tokens
@@ -128,6 +154,7 @@ class Engine:
         if reason is None:
             return request.request_id, chunk, None
         del self._samples[request.request_id]
+        self.metrics.ended(request, now)
         done = CompletionOutput(
             index=request.sample,
             text=sample.detokenizer.text,

@@ -1,0 +1,137 @@
+"""Events in, percentiles out: what each request waited for, and whether it got what it was promised.
+
+Times are in seconds inside and milliseconds in summaries.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from drex.request import FinishReason, Request
+
+PERCENTILES = (50, 95, 99)
+
+
+class PassRecord(NamedTuple):
+    """One pass, as the engine saw it.
+
+    Attributes:
+        number, segment: of the pass.
+        ready: decoding requests before segment 0 when it was chosen.
+        live: rows that waited at each segment (0 at segment 0).
+        prompts: whether requests other than decoding ones took part.
+        rows: that ran or wrote K/V.
+        tokens: decided by it.
+        started, seconds: of the whole step.
+    """
+
+    number: int
+    segment: int
+    ready: int
+    live: tuple[int, ...]
+    prompts: bool
+    rows: int
+    tokens: int
+    started: float
+    seconds: float
+
+
+@dataclass
+class Metrics:
+    """What happened to requests that ended.
+
+    Attributes:
+        finished: by reason.
+        exits: tokens by segments executed.
+        involuntary_exits, involuntary_stays: counted from the recorded confidences.
+        exited_confidences: of tokens that left early.
+        good: requests that met all their targets; `promised` had any.
+    """
+
+    finished: Counter[str] = field(default_factory=Counter)
+    exits: Counter[int] = field(default_factory=Counter)
+    involuntary_exits: int = 0
+    involuntary_stays: int = 0
+    promised: int = 0
+    good: int = 0
+    tokens: int = 0
+    exited_confidences: array[float] = field(default_factory=lambda: array("d"))
+    _ttft: array[float] = field(default_factory=lambda: array("d"))
+    _tpot: array[float] = field(default_factory=lambda: array("d"))
+    _itl: array[float] = field(default_factory=lambda: array("d"))
+    _rct: array[float] = field(default_factory=lambda: array("d"))
+    _longest_gap: dict[str, float] = field(default_factory=dict)
+
+    def gap(self, request: Request, seconds: float) -> None:
+        """A token came so long after the one before."""
+        self._itl.append(seconds)
+        if request.params.itl_ms is not None:
+            name = request.request_id
+            self._longest_gap[name] = max(seconds, self._longest_gap.get(name, 0.0))
+
+    def ended(self, request: Request, now: float) -> None:
+        """A request ended, for whatever reason."""
+        assert request.finish_reason is not None
+        self.finished[request.finish_reason.value] += 1
+        longest = self._longest_gap.pop(request.request_id, 0.0)
+        self._count_exits(request)
+        if request.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            return
+        assert request.first_token_at is not None
+        ttft, rct = request.first_token_at - request.arrived_at, now - request.arrived_at
+        self._ttft.append(ttft)
+        self._rct.append(rct)
+        tpot = (now - request.first_token_at) / (request.num_output - 1) if request.num_output > 1 else 0.0
+        if request.num_output > 1:
+            self._tpot.append(tpot)
+        params = request.params
+        kept = [
+            seconds <= target / 1e3
+            for seconds, target in ((ttft, params.ttft_ms), (tpot, params.tpot_ms), (longest, params.itl_ms))
+            if target is not None
+        ]
+        self.promised += bool(kept)
+        self.good += bool(kept) and all(kept)
+
+    def _count_exits(self, request: Request) -> None:
+        self.tokens += len(request.records)
+        for record in request.records:
+            self.exits[record.depth] += 1
+            passed, early = record.checks, record.depth < request.num_segments
+            if early and passed:
+                last = passed[-1]
+                passed = passed[:-1]
+                self.exited_confidences.append(last.confidence)
+                self.involuntary_exits += last.confidence < last.threshold
+            for check in passed:
+                if check.confidence >= check.threshold:
+                    self.involuntary_stays += 1
+                    break
+
+    def summary(self) -> dict[str, Any]:
+        """Times in milliseconds: mean and percentiles of each kind; and `goodput`, the share that met its targets."""
+        times = {"ttft_ms": self._ttft, "tpot_ms": self._tpot, "itl_ms": self._itl, "rct_ms": self._rct}
+        return {
+            "requests": sum(self.finished.values()),
+            "finished": dict(self.finished),
+            **{name: quantiles(values) for name, values in times.items()},
+            "goodput": self.good / self.promised if self.promised else None,
+        }
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float | None]:
+    """Mean and percentiles in milliseconds; None for each where there is nothing."""
+    names = ["mean", *(f"p{p}" for p in PERCENTILES)]
+    if not len(seconds):
+        return dict.fromkeys(names)
+    values = np.asarray(seconds) * 1e3
+    found = [float(values.mean()), *(float(v) for v in np.percentile(values, PERCENTILES))]
+    assert all(math.isfinite(value) for value in found)
+    return dict(zip(names, found, strict=True))

@@ -1,0 +1,1 @@
+"""A machine that isn't there: the same engine and control code over virtual time."""
