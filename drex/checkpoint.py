@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 EARLY_EXIT_FILE = "early_exit.json"
-EXIT_WEIGHTS_FILE = "early_exit.safetensors"
+EXIT_WEIGHTS_FILE = "early_exit/heads.safetensors"
+"""In a folder of its own: vLLM and SGLang read every safetensors file that lies beside the model's, and refuse it."""
 VERSION = 1
 
 HEAD_KINDS = ("shared", "norm", "linear", "mlp")
@@ -102,8 +103,9 @@ def _parse_exit(raw: Any, folder: Path) -> ExitSpec:
     if head != "shared" and not isinstance(weights, str):
         raise ValueError(f'exit after layer {layer}: a {head!r} head needs "weights", the name of its safetensors file')
     if weights is not None:
-        if not isinstance(weights, str) or Path(weights).name != weights:
-            raise ValueError(f'exit after layer {layer}: "weights" must be the name of a file in the same folder')
+        inside = isinstance(weights, str) and not Path(weights).is_absolute() and ".." not in Path(weights).parts
+        if not inside:
+            raise ValueError(f'exit after layer {layer}: "weights" must be the name of a file in the model\'s folder')
         if not (folder / weights).is_file():
             raise ValueError(f"exit after layer {layer}: the weight file {weights!r} is missing from the folder")
     return ExitSpec(layer, head, weights)

@@ -57,7 +57,7 @@ class Reference:
     def __init__(self, folder: Path, exits: tuple[int, ...], fill: str) -> None:
         self.config = json.loads((folder / "config.json").read_text())
         self.w = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
-        extra = folder / "early_exit.safetensors"
+        extra = folder / "early_exit/heads.safetensors"
         self.exit_w = {k: v.double() for k, v in load_file(extra).items()} if extra.is_file() else {}
         self.exits, self.fill = exits, fill
         self.layers = self.config["num_hidden_layers"]

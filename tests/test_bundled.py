@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from drex import LLM, EarlyExit, SamplingParams
+from drex.checkpoint import EXIT_WEIGHTS_FILE
 from drex.compute.load import find_model
 from drex.tuning.corpus import split_held_out, standard_library
 from drex.tuning.evaluate import evaluate, held_out_blocks
@@ -81,6 +82,7 @@ def test_alias_and_mask_save_slots(fill: str) -> None:
 
 
 def test_assets_hold_nothing_but_the_model() -> None:
-    names = {path.name for path in Path(find_model(None)).iterdir()}
-    assert {"config.json", "model.safetensors", "early_exit.json", "early_exit.safetensors", "tokenizer.json"} <= names
+    folder = Path(find_model(None))
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    assert {"config.json", "model.safetensors", "early_exit.json", "tokenizer.json", EXIT_WEIGHTS_FILE} <= names
     assert not names & {"training", "checkpoint.pt"}

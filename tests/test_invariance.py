@@ -47,6 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, ...], P
             weights[f"exits.{layer}.probe.bias"] = torch.randn(2, generator=generator) * 0.1
             if layer != exits[0]:
                 weights[f"exits.{layer}.norm.weight"] = 1 + 0.2 * torch.randn(hidden, generator=generator)
+        (folder / EXIT_WEIGHTS_FILE).parent.mkdir()
         save_file(weights, folder / EXIT_WEIGHTS_FILE)
         specs = tuple(ExitSpec(e, "shared" if e == exits[0] else "norm", EXIT_WEIGHTS_FILE) for e in exits)
         write_early_exit(folder, EarlyExitFile(specs, "max_prob", (0.4,) * len(exits)))

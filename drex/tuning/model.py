@@ -85,6 +85,7 @@ def write_checkpoint(model: EarlyExitModel, out: Path, head: str) -> None:
         for name, tensor in exit_head.state_dict().items()
     }
     if weights:
+        (out / EXIT_WEIGHTS_FILE).parent.mkdir(exist_ok=True)
         save_file(weights, out / EXIT_WEIGHTS_FILE)
     exits = tuple(ExitSpec(layer, head, EXIT_WEIGHTS_FILE if weights else None) for layer in model.exits)
     thresholds = (UNCALIBRATED_THRESHOLD,) * len(exits)
