@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -268,6 +268,15 @@ class CostModel:
         size = _size(rows)
         known = self._corrections[segment]
         known[size] = (known[size] if size in known else self._correction(segment, rows)) + ADAPTATION * off
+
+    def fit(self, passes: Iterable[tuple[int, Load, float]]) -> None:
+        """Correct to the medians of passes that were run: (segment, load, seconds)."""
+        bare = CostModel(self.profile)
+        logs: list[dict[int, list[float]]] = [{} for _ in self._corrections]
+        for segment, load, seconds in passes:
+            size = _size(load.rows + load.kv_rows)
+            logs[segment].setdefault(size, []).append(math.log(max(seconds, 1e-9) / bare.predict(segment, load)))
+        self._corrections = [{size: float(np.median(values)) for size, values in each.items()} for each in logs]
 
     def error_quantiles(self) -> dict[str, float]:
         """Median and 90th percentile of |predicted - measured| / measured over the last passes; empty before any."""

@@ -1,7 +1,7 @@
 """The decision rule: which segment pays now. See docs/scheduling.md for why it comes close to the optimum.
 
-θ is the rate of tokens that the engine earns, a moving average. A row that starts earns one token in the end. Running
-the shallow segment on n ready rows is worth
+θ is the rate of tokens that the engine earns: a moving average, or the optimum where that is solved. A row that starts
+earns one token in the end. Running the shallow segment on n ready rows is worth
 
     n - θ · [T_0(n) + ΔT_deep(n)]
 
@@ -79,12 +79,16 @@ class FlushRule:
         self.counts = np.arange(most + 1, dtype=np.float64)
         self._tokens = self._seconds = 0.0
         self._context = 0.0
+        self._decoding = 0
         self.outlook = Outlook(cost, kv_fill)
         self._refresh()
 
     @property
     def earning(self) -> float:
-        """θ, tokens a second."""
+        """θ, tokens a second: as solved for about the present load, or else the moving average of what was earned."""
+        solved = self.outlook.yardstick
+        if solved is not None and solved.optimal is not None and abs(solved.in_flight - self._decoding) <= 1:
+            return solved.optimal
         return self._tokens / self._seconds
 
     def observe(self, tokens: int, seconds: float) -> None:
@@ -100,6 +104,7 @@ class FlushRule:
             decoding: requests that decode.
             context: mean K/V entries of these.
         """
+        self._decoding = decoding
         if self._seconds == 0.0:
             # Nothing was earned yet: full depth is what it takes without exits.
             count = np.array([float(max(1, decoding))])

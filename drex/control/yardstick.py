@@ -99,10 +99,18 @@ def _sweep(
 
 @dataclass(frozen=True)
 class TwoExits:
-    """The optimum with two exit points: θ*, and the segment to run by (waiting at 1, waiting at 2), in units."""
+    """The optimum with two exit points.
+
+    Attributes:
+        rate: θ*, units a second.
+        choice: the segment to run, by (waiting at 1, waiting at 2), in units.
+        worth: of running each segment, in units, by the same; -inf where nothing waits for it.
+        units: that the requests are counted in.
+    """
 
     rate: float
     choice: dict[tuple[int, int], int]
+    worth: dict[tuple[int, int], tuple[float, ...]]
     units: int
 
 
@@ -135,20 +143,28 @@ def solve_two_exits(exit_rates: Sequence[float], shallow: FloatArray, middle: Fl
         if j:
             moves[2, n, number[i, 0]] = 1.0
             gains[2, n], times[2, n] = j, deep[j]
-    rate, choice = _policy_iteration(moves, gains, times)
-    return TwoExits(rate, {state: int(choice[n]) for state, n in number.items()}, count)
+    rate, choice, worth = _policy_iteration(moves, gains, times)
+    return TwoExits(
+        rate,
+        {state: int(choice[n]) for state, n in number.items()},
+        {state: tuple(worth[:, n].tolist()) for state, n in number.items()},
+        count,
+    )
 
 
-def _policy_iteration(moves: FloatArray, gains: FloatArray, times: FloatArray) -> tuple[float, IntArray]:
+def _policy_iteration(moves: FloatArray, gains: FloatArray, times: FloatArray) -> tuple[float, IntArray, FloatArray]:
     """Howard's policy iteration for an average-reward semi-Markov process.
 
     Shapes: moves (actions, states, states); gains, times (actions, states), gains -inf where not possible.
+
+    Returns:
+        The rate, the action by state, and the worth of each action (actions, states).
     """
     size = gains.shape[1]
     # Deepest possible first: flush at once. From there on every policy met is unichain.
     choice: IntArray = np.array([max(a for a in range(len(gains)) if gains[a, n] > -np.inf) for n in range(size)])
     each = np.arange(size)
-    rate = 0.0
+    rate, worth = 0.0, gains
     for _ in range(ROUNDS):
         # v + θ t = r + P v with v[0] = 0: θ takes the place of v[0] among the unknowns.
         system = np.eye(size) - moves[choice, each]
@@ -164,7 +180,7 @@ def _policy_iteration(moves: FloatArray, gains: FloatArray, times: FloatArray) -
         if not better.any():
             break
         choice = np.where(better, best, choice)
-    return rate, choice
+    return rate, choice, worth
 
 
 @dataclass(frozen=True)
@@ -177,6 +193,17 @@ class Yardstick:
     full: float
     one_exit: OneExit | None = None
     two_exits: TwoExits | None = None
+
+    def worth(self, waiting: Sequence[int]) -> tuple[float, ...] | None:
+        """Worth in tokens of running each segment, up to a constant, by the requests that wait at each exit point.
+
+        None where it is not solved for single requests.
+        """
+        if self.one_exit is not None:
+            return 0.0, float(self.one_exit.advantage[waiting[0]])
+        if self.two_exits is not None and self.two_exits.units == self.in_flight:
+            return self.two_exits.worth[waiting[0], waiting[1]]
+        return None
 
 
 def measure(

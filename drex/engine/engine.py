@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from drex.control.cost import Load
 from drex.control.plan import Pass, PassResult
 from drex.control.scheduler import Scheduler
 from drex.engine.detokenizer import Detokenizer
@@ -38,6 +39,7 @@ class EngineStats:
     passes: int = 0
     rows: int = 0
     tokens: int = 0
+    peak_slots: int = 0
     own_seconds: float = 0.0
     executor_seconds: float = 0.0
 
@@ -117,6 +119,7 @@ class Engine:
         scheduler.took(batch, ended - started)
         self.stats.passes += 1
         self.stats.rows += batch.rows
+        self.stats.peak_slots = max(self.stats.peak_slots, scheduler.pool.in_use)
         self.stats.executor_seconds += executed - planned
         self.stats.own_seconds += planned - started + ended - executed
         return out
@@ -124,8 +127,9 @@ class Engine:
     def _record(self, batch: Pass, started: float, seconds: float) -> PassRecord:
         view, work = self.scheduler.view, self.scheduler.work(batch)
         ready, live = (view.ready, tuple(view.live)) if view is not None else (0, ())
+        load = Load.of(batch)
         return PassRecord(
-            batch.number, batch.segment, ready, live, work.prompts > 0, batch.rows, work.decided, started, seconds
+            batch.number, batch.segment, ready, live, work.prompts > 0, load, work.decided, started, seconds
         )
 
     def _emit(self, request: Request, error: Exception | None, now: float) -> Emitted:

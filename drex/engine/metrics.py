@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from drex.control.cost import Load
 from drex.request import FinishReason, Request
 
 PERCENTILES = (50, 95, 99)
@@ -27,7 +28,7 @@ class PassRecord(NamedTuple):
         ready: decoding requests before segment 0 when it was chosen.
         live: rows that waited at each segment (0 at segment 0).
         prompts: whether requests other than decoding ones took part.
-        rows: that ran or wrote K/V.
+        load: what it had to do.
         tokens: decided by it.
         started, seconds: of the whole step.
     """
@@ -37,7 +38,7 @@ class PassRecord(NamedTuple):
     ready: int
     live: tuple[int, ...]
     prompts: bool
-    rows: int
+    load: Load
     tokens: int
     started: float
     seconds: float
@@ -51,12 +52,15 @@ class Metrics:
         finished: by reason.
         exits: tokens by segments executed.
         involuntary_exits, involuntary_stays: counted from the recorded confidences.
+        checks, reached: by exit point: rows asked, and those whose confidence reached the threshold.
         exited_confidences: of tokens that left early.
         good: requests that met all their targets; `promised` had any.
     """
 
     finished: Counter[str] = field(default_factory=Counter)
     exits: Counter[int] = field(default_factory=Counter)
+    checks: Counter[int] = field(default_factory=Counter)
+    reached: Counter[int] = field(default_factory=Counter)
     involuntary_exits: int = 0
     involuntary_stays: int = 0
     promised: int = 0
@@ -105,6 +109,9 @@ class Metrics:
         for record in request.records:
             self.exits[record.depth] += 1
             passed, early = record.checks, record.depth < request.num_segments
+            for check in passed:
+                self.checks[check.exit_index] += 1
+                self.reached[check.exit_index] += check.confidence >= check.threshold
             if early and passed:
                 last = passed[-1]
                 passed = passed[:-1]

@@ -1,0 +1,1 @@
+"""Benchmarks of policies: what `drex bench` runs and reports."""

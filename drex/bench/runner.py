@@ -1,0 +1,156 @@
+"""Runs policies in turn on the same requests, and sums up what happened.
+
+Repetitions are interleaved (A, B, A, B, …), so that a slow moment of the machine meets all of them. The same code runs
+on real and on virtual time.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from drex.bench.yardsticks import Found, accuracy, yardstick
+from drex.engine.driver import serve
+from drex.engine.engine import Emitted, Engine
+from drex.engine.metrics import Metrics, PassRecord
+from drex.request import Request
+
+Arrivals = Iterable[tuple[float, Request]]
+POINTS = 240
+"""Of the buffers' occupancy over time that a report holds."""
+
+
+@dataclass
+class Cell:
+    """One policy at one count of requests in flight, over all repetitions.
+
+    Attributes:
+        engine: idle between repetitions; its cost model goes on learning.
+        speeds: output tokens a second, prompts included in the time, one a repetition.
+        history: passes of all repetitions.
+        outputs: token ids of the last repetition, by request id.
+    """
+
+    policy: str
+    in_flight: int
+    engine: Engine
+    speeds: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    history: list[PassRecord] = field(default_factory=list)
+    outputs: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.engine.metrics
+
+    def run(self, arrivals: Arrivals) -> None:
+        """One repetition."""
+        gc.collect()
+        outputs: dict[str, list[int]] = {}
+
+        def each(emitted: Emitted) -> None:
+            if emitted[2] is not None:
+                outputs[emitted[0]] = emitted[2].token_ids
+
+        self.engine.history = []
+        before, started = self.metrics.tokens, self.engine.executor.now()
+        serve(self.engine, arrivals, each)
+        seconds = self.engine.executor.now() - started
+        self.speeds.append((self.metrics.tokens - before) / seconds)
+        self.seconds += seconds
+        self.history.extend(self.engine.history)
+        self.outputs = outputs
+
+
+def take_turns(
+    cells: Sequence[Cell], arrivals: Callable[[Cell], Arrivals], repeats: int, told: Callable[[Cell], None]
+) -> None:
+    """Run all cells, one after the other, `repeats` times; `told` hears of each."""
+    for _ in range(repeats):
+        for cell in cells:
+            cell.run(arrivals(cell))
+            told(cell)
+
+
+def summarise(cells: Sequence[Cell], layers: Sequence[int]) -> list[dict[str, Any]]:
+    """The runs of a report, for cells of one count in flight.
+
+    Args:
+        cells: that took turns.
+        layers: executed by a token that leaves after each segment.
+    """
+    found = yardstick(cells)
+    return [_summary(cell, found, layers) for cell in cells]
+
+
+def _summary(cell: Cell, found: Found | None, layers: Sequence[int]) -> dict[str, Any]:
+    metrics, scheduler = cell.metrics, cell.engine.scheduler
+    by_layer = Counter({layers[depth - 1]: count for depth, count in metrics.exits.items()})
+    if cell.policy == "full":
+        by_layer = Counter({layers[-1]: metrics.tokens})
+    times = metrics.summary()
+    decode = decode_rate(cell.history)
+    right, decisions = accuracy(cell, found) if cell.policy == "drex" and found is not None else (0, 0)
+    confidences = metrics.exited_confidences
+    return {
+        "policy": cell.policy,
+        "in_flight": cell.in_flight,
+        "tokens_per_s": statistics.median(cell.speeds),
+        "each": cell.speeds,
+        "decode_tokens_per_s": decode,
+        "full": found.full if found else None,
+        "theta_star": found.optimal if found else None,
+        "ideal": found.ideal if found else None,
+        "efficiency": decode / found.ideal if found and decode else None,
+        **{name: times[name] for name in ("rct_ms", "ttft_ms", "tpot_ms", "itl_ms", "goodput")},
+        "involuntary_exits": metrics.involuntary_exits,
+        "involuntary_stays": metrics.involuntary_stays,
+        "unchecked": scheduler.unchecked,
+        "exits": {str(layer): by_layer.get(layer, 0) for layer in layers},
+        "mean_depth": sum(layer * count for layer, count in by_layer.items()) / max(1, metrics.tokens),
+        "confidence_p5": float(np.percentile(confidences, 5)) if len(confidences) else None,
+        "decision_accuracy": right / decisions if decisions else None,
+        "decisions": decisions,
+        "cost_error": scheduler.cost.error_quantiles(),
+        "slots": {"peak": cell.engine.stats.peak_slots, "capacity": scheduler.pool.capacity},
+        "preemptions": scheduler.preemptions,
+        "late": scheduler.deadlines.late,
+        "infeasible": scheduler.deadlines.infeasible,
+        "quality": None,
+        "time": _time(cell, len(layers)),
+        "occupancy": _occupancy(cell.history),
+    }
+
+
+def decode_rate(history: Sequence[PassRecord]) -> float | None:
+    """Tokens a second over the passes that no prompt took part in; None without such passes."""
+    plain = [record for record in history if not record.prompts]
+    seconds = sum(record.seconds for record in plain)
+    return sum(record.tokens for record in plain) / seconds if seconds else None
+
+
+def _time(cell: Cell, segments: int) -> dict[str, Any]:
+    """Seconds in passes by segment, without the engine's own; and that."""
+    spent = [0.0] * segments
+    for record in cell.history:
+        spent[record.segment] += record.seconds
+    stats = cell.engine.stats
+    whole = stats.own_seconds + stats.executor_seconds
+    share = stats.executor_seconds / whole if whole else 1.0
+    return {"segments": [seconds * share for seconds in spent], "own": stats.own_seconds}
+
+
+def _occupancy(history: Sequence[PassRecord]) -> list[list[float]]:
+    """(seconds, rows waiting at each exit point) over the first repetition, thinned."""
+    with_buffers = [record for record in history if len(record.live) > 1]
+    if not with_buffers:
+        return []
+    start = with_buffers[0].started
+    step = max(1, len(with_buffers) // POINTS)
+    return [[record.started - start, *map(float, record.live[1:])] for record in with_buffers[::step]]

@@ -1,0 +1,196 @@
+"""What a benchmark runs on: a trained model, or random weights of a real shape with a synthetic exit trace.
+
+All policies share the weights; the one without exits sees them as a single segment. Engines over one layout use the
+same K/V pool in turn, so that memory is equal by construction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig
+
+from drex.checkpoint import ExitSpec
+from drex.compute.decoder import Decoder, LayerWeights
+from drex.compute.device import has_fast_bfloat16
+from drex.compute.heads import ExitHead
+from drex.compute.load import LoadedModel, inspect_model, load_model, pick_device
+from drex.compute.segments import SegmentRunner
+from drex.compute.spec import ModelSpec
+from drex.config import EarlyExit, EngineConfig, ExitPlan, ExitRule
+from drex.control.cost import CostModel, Profile
+from drex.control.scheduler import Scheduler
+from drex.control.slots import SlotLayout
+from drex.engine.engine import Engine
+from drex.engine.torch_executor import TorchExecutor
+from drex.intake import load_tokenizer
+from drex.sim.shapes import SHAPES, Shape
+from drex.tuning.profile_cache import obtain
+
+TRAINED = "trained model"
+SYNTHETIC = "random weights, synthetic exit trace"
+
+
+@dataclass
+class Subject:
+    """A model ready to be benchmarked under any policy.
+
+    Attributes:
+        name, label: for people; the label says how far the numbers carry.
+        model: with its exits.
+        config: of the engines; policy and requests in flight vary.
+        profiles: costs, by number of segments, once measured.
+    """
+
+    name: str
+    label: str
+    model: LoadedModel
+    config: EngineConfig
+    profiles: dict[int, Profile] = field(default_factory=dict)
+    _runners: dict[int, SegmentRunner] = field(default_factory=dict)
+
+    def without_exits(self) -> LoadedModel:
+        """The same weights in one segment."""
+        plan = ExitPlan((), ExitRule("max_prob", ()), self.model.exits.kv_fill)
+        return replace(self.model, heads=(), exits=plan, layout=SlotLayout((self.model.decoder.spec.num_layers,)))
+
+    def engine(self, policy: str, in_flight: int, *, adaptive: bool = False) -> Engine:
+        """A fresh engine over the shared weights and pool; others over the same layout must be idle."""
+        model = self.without_exits() if policy == "full" else self.model
+        segments = len(model.layout.lengths)
+        runner = self._runner(model)
+        if segments not in self.profiles:
+            # The first layout that is profiled chooses the threads; the others are measured with as many.
+            threads = torch.get_num_threads() if self.profiles else None
+            self.profiles[segments] = obtain(None, runner, self.config, model.exits, threads)
+        config = replace(self.config, policy=policy, max_num_seqs=in_flight, adaptive=adaptive)
+        scheduler = Scheduler(config, model.layout, model.exits.kv_fill, CostModel(self.profiles[segments]))
+        return Engine(scheduler, TorchExecutor(runner))
+
+    def _runner(self, model: LoadedModel) -> SegmentRunner:
+        segments = len(model.layout.lengths)
+        if segments not in self._runners:
+            assert self.config.kv_cache_tokens is not None
+            self._runners[segments] = SegmentRunner(
+                model.decoder,
+                model.heads,
+                model.layout,
+                self.config.kv_cache_tokens * model.layout.cells_per_token,
+                self.config.arena_rows if segments > 1 else 0,
+                self.config.max_model_len,
+            )
+        return self._runners[segments]
+
+
+def trained(model: str | Path | None, early_exit: EarlyExit | None, dtype: str, config: EngineConfig) -> Subject:
+    """A checkpoint with its own exits.
+
+    Raises:
+        ValueError: a model that can't be loaded, or one without exit points.
+    """
+    loaded = load_model(inspect_model(model, early_exit, dtype, "auto"))
+    if not loaded.exits.exits:
+        raise ValueError("the model has no exit points to benchmark: name them, as in --exits 8 --thresholds 0.8")
+    return Subject(loaded.folder.name, TRAINED, loaded, config)
+
+
+def synthetic(
+    name: str, exits: Sequence[int] | None, exit_rates: Sequence[float], kv_fill: str, dtype: str, config: EngineConfig
+) -> Subject:
+    """Random weights of a known shape, whose rows exit at given rates whatever the heads say; these run all the same.
+
+    Args:
+        name: of the shape.
+        exits: layers; None is one exit after half of them.
+        exit_rates: share of the rows reaching each exit point that exit there.
+
+    Raises:
+        ValueError: an unknown shape, or rates that don't fit the exits.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"shape {name!r}: choose one of {', '.join(SHAPES)}")
+    shape = SHAPES[name]
+    layers = tuple(exits) if exits else (shape.layers // 2,)
+    if len(exit_rates) != len(layers) or not all(0 <= rate < 1 for rate in exit_rates):
+        raise ValueError(f"exit rates {list(exit_rates)}: give a share in [0, 1) for each exit after {list(layers)}")
+    device = pick_device("auto")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" or has_fast_bfloat16(device) else "float32"
+    kind: torch.dtype = getattr(torch, dtype)
+    decoder = _random_decoder(shape, config.max_model_len, device, kind)
+    heads = tuple((ExitHead("shared", shape.hidden, shape.intermediate, shape.vocab, 1e-5), None) for _ in layers)
+    rule = ExitRule("trace", tuple(1.0 - rate for rate in exit_rates))
+    plan = ExitPlan(tuple(ExitSpec(layer) for layer in layers), rule, kv_fill)
+    layout = SlotLayout(tuple(stop - start for start, stop in pairwise((0, *layers, shape.layers))))
+    return Subject(name, SYNTHETIC, LoadedModel(Path(name), decoder, heads, plan, layout), config)
+
+
+def _random_decoder(shape: Shape, length: int, device: torch.device, dtype: torch.dtype) -> Decoder:
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        max_position_embeddings=length,
+        tie_word_embeddings=shape.tied,
+    )
+    generator = torch.Generator(device).manual_seed(0)
+
+    def matrix(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device=device, dtype=dtype, generator=generator) * 0.02
+
+    def ones() -> torch.Tensor:
+        return torch.ones(shape.hidden, device=device, dtype=dtype)
+
+    query, both = shape.heads * shape.head_size, (shape.heads + 2 * shape.kv_heads) * shape.head_size
+    layers = [
+        LayerWeights(
+            attention_norm=ones(),
+            qkv=matrix(both, shape.hidden),
+            qkv_bias=None,
+            q_norm=None,
+            k_norm=None,
+            out=matrix(shape.hidden, query),
+            out_bias=None,
+            mlp_norm=ones(),
+            gate_up=matrix(2 * shape.intermediate, shape.hidden),
+            gate_up_bias=None,
+            down=matrix(shape.hidden, shape.intermediate),
+            down_bias=None,
+        )
+        for _ in range(shape.layers)
+    ]
+    embedding = matrix(shape.vocab, shape.hidden)
+    lm_head = embedding if shape.tied else matrix(shape.vocab, shape.hidden)
+    return Decoder(ModelSpec.from_hf(config, frozenset()), embedding, layers, ones(), lm_head)
+
+
+def read_prompts(path: str | Path, subject: Subject) -> list[tuple[int, ...]]:
+    """Token ids of a JSONL file's prompts: objects with `prompt`, text or token ids.
+
+    Raises:
+        ValueError: a file that can't be read, or text where the model has no tokeniser.
+    """
+    tokenizer = load_tokenizer(subject.model.folder)
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        found = [json.loads(line)["prompt"] for line in lines if line.strip()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path}: expected JSON lines with a "prompt" ({error!r})') from error
+    prompts: list[tuple[int, ...]] = []
+    for prompt in found:
+        if isinstance(prompt, str) and tokenizer is None:
+            raise ValueError(f"{path} has text and the model no tokeniser: give prompts as token ids")
+        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) and tokenizer is not None else prompt
+        prompts.append(tuple(int(token) for token in ids))
+    if not prompts:
+        raise ValueError(f"{path} has no prompts")
+    return prompts

@@ -1,0 +1,99 @@
+"""θ*, ideal and full depth from what one run measured, and how often the policy decided as the optimum would have.
+
+Costs are refitted to whole-step wall times of all policies that took turns at one count in flight, exit rates are those
+of the tokens that were checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from drex.control.cost import CostModel
+from drex.control.yardstick import Yardstick, measure
+
+if TYPE_CHECKING:
+    from drex.bench.runner import Cell
+
+TIE = 0.005
+"""Decisions whose worths are closer than this share of a token a request are ties, and right either way."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A yardstick as measured.
+
+    Attributes:
+        full: measured at full depth where that policy ran, else from the costs of the segments. Tokens a second.
+        optimal, ideal: tokens a second.
+        cost, exit_rates, context: what they were solved from.
+    """
+
+    full: float
+    optimal: float | None
+    ideal: float
+    cost: CostModel
+    exit_rates: tuple[float, ...]
+    context: float
+    kv_fill: str
+
+    def at(self, in_flight: int) -> Yardstick:
+        """Solved for another count."""
+        return measure(self.cost, self.exit_rates, in_flight, self.context, self.kv_fill)
+
+
+def yardstick(cells: Sequence[Cell]) -> Found | None:
+    """From cells of one count in flight; None where no policy with exits decoded anything."""
+    seen = [record for cell in cells if cell.policy != "full" for record in cell.history if not record.prompts]
+    with_exits = [cell for cell in cells if cell.policy != "full"]
+    if not seen:
+        return None
+    first = with_exits[0]
+    scheduler = first.engine.scheduler
+    cost = CostModel(scheduler.cost.profile)
+    cost.fit([(record.segment, record.load, record.seconds) for record in seen])
+    rates = _exit_rates(with_exits, scheduler.segments - 1)
+    shallow = [record.load for record in seen if record.segment == 0]
+    context = sum(load.entries for load in shallow) / max(1, sum(load.spans for load in shallow))
+    kv_fill = scheduler.placement.kv_fill
+    solved = measure(cost, rates, first.in_flight, context, kv_fill)
+    full = next((_full_rate(cell) for cell in cells if cell.policy == "full"), None)
+    return Found(full or solved.full, solved.optimal, solved.ideal, cost, rates, context, kv_fill)
+
+
+def _full_rate(cell: Cell) -> float | None:
+    """Decode rate of passes with every seat taken."""
+    whole = [r for r in cell.history if not r.prompts and r.load.spans == cell.in_flight]
+    seconds = sum(record.seconds for record in whole)
+    return sum(record.tokens for record in whole) / seconds if seconds else None
+
+
+def _exit_rates(cells: Sequence[Cell], exits: int) -> tuple[float, ...]:
+    """Share of the checks at each exit point that reached the threshold."""
+    checks, reached = [0] * exits, [0] * exits
+    for cell in cells:
+        for exit_index in range(exits):
+            checks[exit_index] += cell.metrics.checks[exit_index]
+            reached[exit_index] += cell.metrics.reached[exit_index]
+    return tuple(hit / count if count else 0.0 for hit, count in zip(reached, checks, strict=True))
+
+
+def accuracy(cell: Cell, found: Found) -> tuple[int, int]:
+    """Decisions to flush or to go on that the solved optimum agrees with, and how many there were.
+
+    States where both were possible count: some requests ready, some waiting, no prompts.
+    """
+    solved: dict[int, Yardstick] = {}
+    right = decisions = 0
+    for record in cell.history:
+        total = record.ready + sum(record.live)
+        if record.prompts or not record.ready or not sum(record.live):
+            continue
+        if total not in solved:
+            solved[total] = found.at(total)
+        worth = solved[total].worth(record.live[1:])
+        if worth is not None:
+            decisions += 1
+            right += worth[record.segment] >= max(worth) - TIE * total
+    return right, decisions
