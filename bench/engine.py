@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import kv_saved
-import machine
 import memory
 import torch
 import transformers
@@ -29,6 +28,7 @@ from report import print_report
 from rich.console import Console
 from workload import MODELS, OUTPUT_TOKENS, PROMPT_TOKENS, Job, Subject, make_jobs, prepare, warm_up
 
+from drex.bench import machine
 from drex.compute.device import has_fast_bfloat16
 
 SLOW_SCALE = 0.2

@@ -17,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import machine
 from rich.console import Console
 from rich.table import Table
 
+from drex.bench import machine
 from drex.bench.runner import Cell, take_turns
 from drex.bench.subject import Subject, synthetic, trained
 from drex.bench.yardsticks import Found, accuracy, yardstick

@@ -166,6 +166,14 @@ class ExitPlan:
         )
 
 
+def check_policies(names: Sequence[str]) -> list[str]:
+    """Policy names as given; raises ValueError for an unknown one."""
+    unknown = [name for name in names if name not in POLICIES]
+    if unknown:
+        raise ValueError(f"policy {unknown[0]!r}: choose one of {', '.join(POLICIES)}")
+    return list(names)
+
+
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -252,8 +260,7 @@ class EngineConfig:
             )
         if self.max_slowdown is not None and not self.max_slowdown >= 1:
             raise ValueError(f"max_slowdown is {self.max_slowdown}: give a factor from 1 on, or None")
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy {self.policy!r}: choose one of {', '.join(POLICIES)}")
+        check_policies([self.policy])
 
     @property
     def arena_rows(self) -> int:

@@ -42,8 +42,8 @@ class LLM:
             `max_model_len`, within 1 GiB.
         max_fill_rows, max_wait_passes, max_slowdown, adaptive: of the rebatching, see `EngineConfig`.
         profile: what passes cost here. None is the cached profile of this model and machine, or else one that is
-            measured now, in some seconds; `nominal` measures nothing and learns while serving; or a `Profile`, or the
-            file of one.
+            measured now, in some seconds; `measure` measures in any case; `nominal` measures nothing and learns while
+            serving; or a `Profile`, or the file of one.
         threads: of the CPU; None is what the profile found best, or OMP_NUM_THREADS where that is set.
         tokenizer: folder or hub id, where it is not beside the model.
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from drex.bench.yardsticks import Found, accuracy, yardstick
 from drex.engine.driver import serve
-from drex.engine.engine import Emitted, Engine
+from drex.engine.engine import Emitted, Engine, EngineStats
 from drex.engine.metrics import Metrics, PassRecord
 from drex.request import Request
 
@@ -34,7 +34,7 @@ class Cell:
         engine: idle between repetitions; its cost model goes on learning.
         speeds: output tokens a second, prompts included in the time, one a repetition.
         history: passes of all repetitions.
-        outputs: token ids of the last repetition, by request id.
+        prompts, outputs: token ids of the last repetition, by request id.
     """
 
     policy: str
@@ -43,14 +43,22 @@ class Cell:
     speeds: list[float] = field(default_factory=list)
     seconds: float = 0.0
     history: list[PassRecord] = field(default_factory=list)
+    prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     outputs: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def metrics(self) -> Metrics:
         return self.engine.metrics
 
+    def warm_up(self, arrivals: Arrivals) -> None:
+        """A run that counts for nothing but what the cost model and the exit rates learn."""
+        serve(self.engine, arrivals)
+        self.engine.metrics, self.engine.stats = Metrics(), EngineStats()
+
     def run(self, arrivals: Arrivals) -> None:
         """One repetition."""
+        arrivals = list(arrivals)
+        self.prompts = {request.request_id: request.prompt for _, request in arrivals}
         gc.collect()
         outputs: dict[str, list[int]] = {}
 

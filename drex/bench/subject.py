@@ -30,9 +30,11 @@ from drex.engine.engine import Engine
 from drex.engine.torch_executor import TorchExecutor
 from drex.intake import load_tokenizer
 from drex.sim.shapes import SHAPES, Shape
+from drex.tuning.corpus import split_held_out, standard_library
 from drex.tuning.profile_cache import obtain
 
 TRAINED = "trained model"
+HELD_OUT_SHARE, PROMPT_DOCUMENTS = 0.02, 256
 SYNTHETIC = "random weights, synthetic exit trace"
 
 
@@ -194,3 +196,20 @@ def read_prompts(path: str | Path, subject: Subject) -> list[tuple[int, ...]]:
     if not prompts:
         raise ValueError(f"{path} has no prompts")
     return prompts
+
+
+def held_out_prompts(subject: Subject, longest: int) -> list[tuple[int, ...]]:
+    """Starts of functions in the part of the standard library that training held out.
+
+    Raises:
+        ValueError: the model has no tokeniser.
+    """
+    tokenizer = load_tokenizer(subject.model.folder)
+    if tokenizer is None:
+        raise ValueError("the model has no tokeniser: name --prompts with token ids")
+    _, held_out = split_held_out(standard_library(), HELD_OUT_SHARE)
+    prompts = []
+    for document in held_out[:PROMPT_DOCUMENTS]:
+        start = document.text.find("\ndef ") + 1
+        prompts.append(tuple(tokenizer(document.text[start : start + 8 * longest])["input_ids"][:longest]))
+    return [prompt for prompt in prompts if len(prompt) == longest]

@@ -7,9 +7,12 @@ import sys
 
 import typer
 
+from drex.cli.bench import bench
 from drex.cli.evaluate import evaluate
 from drex.cli.generate import generate
 from drex.cli.info import info
+from drex.cli.profile import profile
+from drex.cli.simulate import simulate
 from drex.cli.train import train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -17,6 +20,9 @@ app.command()(generate)
 app.command()(info)
 app.command()(train)
 app.command()(evaluate)
+app.command()(profile)
+app.command()(bench)
+app.command()(simulate)
 
 
 @app.callback()

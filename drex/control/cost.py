@@ -12,10 +12,12 @@ Invariants: predictions are positive; a correction only moves by what was observ
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,7 +75,7 @@ class Curve:
         if list(self.counts) != sorted(set(self.counts)) or self.counts[0] <= 0:
             raise ValueError(f"counts {list(self.counts)} of a cost curve: ascending, above 0")
 
-    def at(self, count: FloatArray) -> FloatArray:
+    def at(self, count: FloatArray | np.float64) -> FloatArray:
         """Seconds at any counts; 0 at 0."""
         xs, ys = np.array(self.counts), np.array(self.seconds)
         out: FloatArray = np.interp(count, xs, ys)
@@ -104,11 +106,11 @@ class SegmentCost:
     kv_row: float
 
     def seconds(
-        self, rows: FloatArray, spans: FloatArray, entries: FloatArray, evaluations: FloatArray, kv_rows: FloatArray
-    ) -> FloatArray:
-        """Seconds of passes; arrays of one shape."""
-        further = np.maximum(0.0, spans - 1)
-        out: FloatArray = self.rows.at(rows) + self.head.at(evaluations)
+        self, rows: np.float64, spans: np.float64, entries: np.float64, evaluations: np.float64, kv_rows: np.float64
+    ) -> float:
+        """Seconds of a pass."""
+        further = max(0.0, spans - 1)
+        out = float(self.rows.at(rows)) + float(self.head.at(evaluations))
         return out + self.span * further + self.entry * entries + self.kv_row * kv_rows
 
 
@@ -165,6 +167,15 @@ class Profile:
         return Profile(segments, self.threads, self.source)
 
 
+def load_profile(path: str | Path) -> Profile:
+    """Read a profile's file. Raises ValueError if it is none."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as a profile ({error}): make one with `drex profile`") from error
+    return Profile.from_dict(data)
+
+
 def nominal(lengths: Sequence[int]) -> Profile:
     """Costs of a made-up machine that is bound by reading weights: to start from where nothing was measured.
 
@@ -211,7 +222,7 @@ class CostModel:
         """Seconds that a pass will take."""
         rows, spans, entries, evaluations, kv_rows = (np.float64(value) for value in load)
         cost = self.profile.segments[segment]
-        base = float(cost.seconds(rows, spans, entries, evaluations, kv_rows))  # type: ignore[arg-type]
+        base = cost.seconds(rows, spans, entries, evaluations, kv_rows)
         return max(base, 1e-9) * math.exp(self._correction(segment, load.rows + load.kv_rows))
 
     def decode(self, segment: int, live: FloatArray, fills: FloatArray, context: float, *, runs: bool) -> FloatArray:

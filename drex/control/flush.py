@@ -142,7 +142,7 @@ class FlushRule:
 
     def head_seconds(self, segment: int, rows: float) -> float:
         """An exit check of so many rows, about."""
-        return float(self.cost.profile.segments[segment].head.at(np.float64(rows)))  # type: ignore[arg-type]
+        return float(self.cost.profile.segments[segment].head.at(np.float64(rows)))
 
     def full_step(self, decoding: int) -> float:
         """What a token takes at full depth with so many decoding, as of the last refresh."""

@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterable
 from drex.engine.engine import Emitted, Engine
 from drex.request import Request
 
-AHEAD = 64
-"""A closed loop keeps so many requests queued beyond those in flight."""
-
 
 def serve(
     engine: Engine, arrivals: Iterable[tuple[float, Request]], each: Callable[[Emitted], None] | None = None
@@ -18,16 +15,18 @@ def serve(
 
     Args:
         engine: that is idle.
-        arrivals: (seconds from now, request), in order of time; all zeros make a closed loop over the engine's seats.
+        arrivals: (seconds from now, request), in order of time. Those at zero come as in a closed loop: as many at a
+            time as the engine has seats, the next one when one is done.
         each: called with everything that is emitted.
     """
     start = engine.executor.now()
+    seats = engine.scheduler.config.max_num_seqs
     coming = iter(arrivals)
     upcoming = next(coming, None)
     while upcoming is not None or engine.busy:
         now = engine.executor.now() - start
-        # Open arrivals are never held back: a request's time runs from when it came.
-        while upcoming is not None and upcoming[0] <= now and (upcoming[0] or len(engine.scheduler.waiting) < AHEAD):
+        # A request that comes at a time of its own is never held back: its clock runs from then on.
+        while upcoming is not None and upcoming[0] <= now and (upcoming[0] or engine.unfinished < seats):
             engine.add(upcoming[1])
             upcoming = next(coming, None)
         if not engine.busy and upcoming is not None:

@@ -91,6 +91,11 @@ class Engine:
                 self.metrics.ended(request, self.executor.now())
 
     @property
+    def unfinished(self) -> int:
+        """Requests that have not ended."""
+        return len(self._samples)
+
+    @property
     def busy(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self._samples)

@@ -6,7 +6,6 @@ repetitions, in seconds.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from rich.progress import BarColumn, Progress, TextColumn
 
+from drex.compute.device import device_name
 from drex.compute.segments import SegmentRunner
 from drex.config import EngineConfig, ExitRule
 from drex.control.cost import Curve, Profile, SegmentCost
@@ -22,8 +22,8 @@ from drex.control.plan import Draws, Evaluation, Pass, Rows, Run, Span
 from drex.request import SamplingParams
 
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-REPEATS = (3, 7)
-POINT_SECONDS = 0.08
+REPEATS = (3, 9)
+POINT_SECONDS = 0.06
 """Repetitions of one measurement stop at the larger number, or at the smaller one once they took this long."""
 CONTEXT = 48
 LONG_CONTEXT = 8
@@ -57,7 +57,9 @@ class Profiler:
         with _bar("measuring this machine", len(self.layout.lengths) * len(grid), progress) as advance:
             for segment in range(len(self.layout.lengths)):
                 segments.append(self._segment(segment, grid, advance))
-        return Profile(tuple(segments), torch.get_num_threads() if self._on_cpu else None, machine_name(self.runner))
+        return Profile(
+            tuple(segments), torch.get_num_threads() if self._on_cpu else None, device_name(self.runner.decoder.device)
+        )
 
     @property
     def _on_cpu(self) -> bool:
@@ -72,36 +74,31 @@ class Profiler:
     def _segment(self, segment: int, grid: list[int], advance: Callable[[], None]) -> SegmentCost:
         widest = min(self.config.max_num_seqs, self._room(segment))
         live = [count for count in grid if count < widest] + [widest]
-        head_of_one = self._head_of_one(segment)
+        head = {count: self._head(segment, count) for count in live}
         entry = self._entry(segment, min(8, widest))
-        one_each = {n: self._time_pass(self._decode(segment, n, self._context(segment, n), 1)) for n in live}
-        all_asked = {n: self._time_pass(self._decode(segment, n, self._context(segment, n), n)) for n in live}
-        together = {}
+        # The last segment runs its last layer for evaluated rows only, so there all are, and the head is taken off.
+        final = segment == len(self.layout.lengths) - 1
+        apart, together = {}, {}
         for count in grid:
+            if count in head:
+                context = self._context(segment, count)
+                seconds = self._time_pass(self._decode(segment, count, context, count if final else 0))
+                apart[count] = seconds - (head[count] if final else 0.0) - entry * count * context
             if count <= self._room(segment):
                 seconds = self._time_pass(self._prompt(segment, count))
-                together[count] = max(TINY, seconds - head_of_one - entry * count)
+                together[count] = seconds - head[1] - entry * count
             advance()
-        span = statistics.median(
-            [
-                (one_each[n] - head_of_one - entry * n * self._context(segment, n) - together[n]) / (n - 1)
-                for n in live
-                if n > 1 and n in together
-            ]
-            or [0.0]
-        )
-        span = max(0.0, span)
-        rows = {n: one_each[n] - head_of_one - span * (n - 1) - entry * n * self._context(segment, n) for n in live}
-        rows = {n: max(TINY, seconds) for n, seconds in rows.items()}
-        rows.update({n: seconds for n, seconds in together.items() if n > widest})
-        head = {n: head_of_one + max(0.0, all_asked[n] - one_each[n]) for n in live}
-        return SegmentCost(_rising(rows), _rising(head), span, entry, self._kv_row(segment, widest))
+        further = [(apart[n] - together[n]) / (n - 1) for n in live if n > 1 and n in together]
+        span = max(0.0, statistics.median(further)) if further else 0.0
+        rows = {n: seconds for n, seconds in together.items() if n > widest}
+        rows.update({n: seconds - span * (n - 1) for n, seconds in apart.items()})
+        return SegmentCost(_curve(rows), _curve(head), span, entry, self._kv_row(segment, widest))
 
-    def _head_of_one(self, segment: int) -> float:
-        """One evaluation."""
-        decoder, ask = self.runner.decoder, [self._evaluation(0, 0)]
-        hidden = torch.zeros(1, decoder.spec.hidden_size, device=decoder.device, dtype=decoder.dtype)
-        return max(TINY, self._time(lambda: self.runner.evaluate(segment, hidden, hidden, ask)))
+    def _head(self, segment: int, rows: int) -> float:
+        """Evaluations of so many rows."""
+        decoder, ask = self.runner.decoder, [self._evaluation(0, 0)] * rows
+        hidden = torch.zeros(rows, decoder.spec.hidden_size, device=decoder.device, dtype=decoder.dtype)
+        return self._time(lambda: self.runner.evaluate(segment, hidden, hidden, ask))
 
     def _entry(self, segment: int, rows: int) -> float:
         """A K/V entry that attention reads."""
@@ -214,23 +211,9 @@ def choose_threads(profiler: Profiler, limit: int) -> int:
     return best
 
 
-def machine_name(runner: SegmentRunner) -> str:
-    """The device that a model runs on, as people know it."""
-    device = runner.decoder.device
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _rising(points: dict[int, float]) -> Curve:
-    """A curve through the points, in order; noise may make one dip below the one before, a machine's steps may too."""
+def _curve(points: dict[int, float]) -> Curve:
     counts = sorted(points)
-    return Curve(tuple(map(float, counts)), tuple(points[count] for count in counts))
+    return Curve(tuple(map(float, counts)), tuple(max(TINY, points[count]) for count in counts))
 
 
 @contextmanager

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
+from drex.compute.device import device_name
 from drex.compute.segments import SegmentRunner
 from drex.config import EngineConfig, ExitPlan
-from drex.control.cost import Profile, nominal
-from drex.tuning.profile import Profiler, choose_threads, machine_name
+from drex.control.cost import Profile, load_profile, nominal
+from drex.tuning.profile import Profiler, choose_threads
 
 log = logging.getLogger(__name__)
+MEASURE = "measure"
 FRESH_SECONDS = 30 * 86_400.0
 
 
@@ -43,7 +45,8 @@ def obtain(
     """The profile that an engine starts from; sets the number of CPU threads.
 
     Args:
-        asked: a profile, the file of one, `nominal`, or None: the cached one, or else one that is measured now.
+        asked: a profile, the file of one, `nominal`, `measure` (now, whatever is cached), or None: the cached one, or
+            else one that is measured now.
         runner: of the model; its K/V is overwritten.
         config, exits: of the engine.
         threads: for the CPU; None leaves it to OMP_NUM_THREADS, or else to the profile.
@@ -57,14 +60,16 @@ def obtain(
         if threads < 1:
             raise ValueError(f"threads is {threads}: give at least 1")
         torch.set_num_threads(threads)
-    if asked is not None:
-        profile = nominal(lengths) if asked == "nominal" else asked if isinstance(asked, Profile) else load(asked)
+    if asked is not None and asked != MEASURE:
+        profile = (
+            nominal(lengths) if asked == "nominal" else asked if isinstance(asked, Profile) else load_profile(asked)
+        )
         if len(profile.segments) != len(lengths):
             raise ValueError(f"the profile has {len(profile.segments)} segments and the engine {len(lengths)}")
         return profile
     free = on_cpu and threads is None and "OMP_NUM_THREADS" not in os.environ
     key = _key(runner, config, exits, None if free else torch.get_num_threads())
-    profile = find(key)
+    profile = None if asked == MEASURE else find(key)
     if profile is None:
         profiler = Profiler(runner, config, exits.rule, exits.kv_fill)
         if free:
@@ -74,15 +79,6 @@ def obtain(
     elif free and profile.threads is not None:
         torch.set_num_threads(profile.threads)
     return profile
-
-
-def load(path: str | Path) -> Profile:
-    """Read a profile's file. Raises ValueError if it is none."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read as a profile ({error}): make one with `drex profile`") from error
-    return Profile.from_dict(data)
 
 
 def _key(runner: SegmentRunner, config: EngineConfig, exits: ExitPlan, threads: int | None) -> dict[str, Any]:
@@ -98,7 +94,7 @@ def _key(runner: SegmentRunner, config: EngineConfig, exits: ExitPlan, threads: 
         "criterion": exits.rule.criterion,
         "kv_fill": exits.kv_fill,
         "rows": [config.max_num_seqs, config.max_num_batched_tokens, config.max_fill_rows],
-        "device": machine_name(runner),
+        "device": device_name(runner.decoder.device),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
         "dtype": str(runner.decoder.dtype),

@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 
-from drex.compute.device import has_fast_bfloat16
+from drex.compute.device import device_name, has_fast_bfloat16
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
 def describe() -> dict[str, Any]:
     """Machine, date and versions, for the JSON beside every number."""
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **versions(),
         "machine": {
-            "cpu": cpu_model(),
+            "cpu": device_name(torch.device("cpu")),
+            "device": device_name(torch.device("cuda")) if torch.cuda.is_available() else None,
             "cores": len(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(),
             "fast_bfloat16": has_fast_bfloat16(torch.device("cpu")),
@@ -30,22 +31,19 @@ def describe() -> dict[str, Any]:
             "load_average": [round(load, 2) for load in os.getloadavg()],
             "environment": {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},
         },
+    }
+
+
+def versions() -> dict[str, Any]:
+    """Date, and versions of what numbers depend on."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
             **{name: package_version(name) for name in ("torch", "transformers", "drex", "vllm")},
             "git_commit": git_commit(),
         },
     }
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def package_version(name: str) -> str | None:

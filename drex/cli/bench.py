@@ -1,0 +1,139 @@
+"""`drex bench`: policies against each other, against the optimum and against full depth."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from drex.cli.common import (
+    EXIT_LAYERS_HELP,
+    CriterionOption,
+    DtypeOption,
+    KvFillOption,
+    ThresholdsOption,
+    early_exit_from,
+    parse_floats,
+    parse_ints,
+)
+
+if TYPE_CHECKING:
+    from drex.bench.bench import Workload
+    from drex.bench.subject import Subject
+
+LONGEST_PROMPT = 64
+
+
+def bench(
+    model: Annotated[str | None, typer.Argument(help="Hugging Face folder or hub id; none: the bundled model.")] = None,
+    policies: Annotated[
+        str, typer.Option(help="Of drex, split, full, art, consensus, majority, greedy, latency_only.")
+    ] = "full,split,drex",
+    in_flight: Annotated[str, typer.Option(help="Requests in flight, each count a round of its own.")] = "1,8,32",
+    shape: Annotated[str | None, typer.Option(help="Random weights of this shape instead of a model.")] = None,
+    exit_rates: Annotated[
+        str | None, typer.Option(help="With --shape: share that exits at each exit point, by a synthetic trace.")
+    ] = None,
+    exits: Annotated[str | None, typer.Option("--exits", help=EXIT_LAYERS_HELP)] = None,
+    thresholds: ThresholdsOption = None,
+    criterion: CriterionOption = None,
+    kv_fill: KvFillOption = None,
+    dtype: DtypeOption = "auto",
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSONL with "prompt"; by default held-out standard-library code.')
+    ] = None,
+    requests: Annotated[int | None, typer.Option(help="Of a turn; by default four a seat, at least eight.")] = None,
+    output_tokens: Annotated[int, typer.Option(help="Of each request.")] = 48,
+    rate: Annotated[float | None, typer.Option(help="Open loop: Poisson arrivals a second.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Open loop: arrivals and lengths of a recorded trace.")] = None,
+    trace_scale: Annotated[float, typer.Option(help="Factor on the trace's lengths.")] = 1.0,
+    trace_speed: Annotated[float, typer.Option(help="Factor on the trace's rate of arrivals.")] = 1.0,
+    tpot_ms: Annotated[float | None, typer.Option(help="Target of every request: mean time a token.")] = None,
+    max_slowdown: Annotated[float | None, typer.Option(help="Bound on time against full depth, as a factor.")] = None,
+    adaptive: Annotated[bool, typer.Option("--adaptive", help="Stop checking exits while that does not pay.")] = False,
+    repeats: Annotated[int, typer.Option(help="Interleaved turns of each policy.")] = 3,
+    seed: int = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write the report as a page with charts.")] = None,
+) -> None:
+    """Benchmark scheduling policies at equal requests in flight and equal K/V memory."""
+    from rich.console import Console
+
+    from drex.bench.bench import run
+    from drex.bench.html import render
+    from drex.bench.runner import Cell
+    from drex.bench.subject import synthetic, trained
+    from drex.bench.table import show
+    from drex.config import EngineConfig, check_policies
+
+    names, counts = check_policies(policies.split(",")), parse_ints(in_flight, "--in-flight")
+    longest = LONGEST_PROMPT + output_tokens
+    config = EngineConfig(
+        max_model_len=longest,
+        max_num_seqs=max(counts),
+        kv_cache_tokens=max(counts) * longest,
+        max_slowdown=max_slowdown,
+    )
+    if shape is None and exit_rates is not None:
+        raise ValueError("--exit-rates goes with --shape: a trained model has its own exits")
+    if shape is not None:
+        rates = parse_floats(exit_rates or "0.6", "--exit-rates")
+        layers = None if exits is None else parse_ints(exits, "--exits")
+        subject = synthetic(shape, layers, rates, kv_fill or "recompute", dtype, config)
+    else:
+        subject = trained(model, early_exit_from(exits, thresholds, criterion, kv_fill, False), dtype, config)
+    make = _workloads(subject, prompts, requests, output_tokens, rate, trace, trace_scale, trace_speed, tpot_ms, seed)
+    err = Console(stderr=True)
+
+    def told(cell: Cell) -> None:
+        if sys.stderr.isatty():
+            err.print(f"{cell.policy}, {cell.in_flight} in flight: {cell.speeds[-1]:.1f} tokens/s", style="dim")
+
+    report = run(subject, names, counts, make, repeats, adaptive=adaptive, told=told)
+    show(report, Console())
+    for path, text in ((json_file, json.dumps(report, indent=1)), (html_file, render(report) if html_file else "")):
+        if path is not None:
+            path.write_text(text + "\n", encoding="utf-8")
+            typer.echo(f"wrote {path}", err=True)
+
+
+def _workloads(
+    subject: Subject,
+    prompts: Path | None,
+    requests: int | None,
+    output_tokens: int,
+    rate: float | None,
+    trace: Path | None,
+    trace_scale: float,
+    trace_speed: float,
+    tpot_ms: float | None,
+    seed: int,
+) -> Callable[[int], Workload]:
+    """What to serve at a count in flight."""
+    from drex.bench.bench import Workload, random_prompts
+    from drex.bench.subject import SYNTHETIC, held_out_prompts, read_prompts
+    from drex.request import SamplingParams
+    from drex.sim.workload import draw_jobs, read_trace
+
+    longest = subject.config.max_model_len
+    if prompts is not None:
+        texts = [ids[:LONGEST_PROMPT] for ids in read_prompts(prompts, subject)]
+    elif subject.label == SYNTHETIC:
+        texts = random_prompts(subject.model.decoder.spec.vocab_size, 256, LONGEST_PROMPT, seed)
+    else:
+        texts = held_out_prompts(subject, LONGEST_PROMPT)
+    params = SamplingParams(temperature=0.0, ignore_eos=True, tpot_ms=tpot_ms)
+
+    def make(count: int) -> Workload:
+        if trace is not None:
+            jobs = read_trace(trace, scale=trace_scale, longest=longest, speed=trace_speed)[: requests or 64]
+        else:
+            wanted = requests or max(8, 4 * count)
+            jobs = draw_jobs(wanted, (16, LONGEST_PROMPT), (output_tokens, output_tokens), rate=rate, seed=seed)
+        return Workload(texts, jobs, params, "closed" if rate is None and trace is None else "open")
+
+    return make

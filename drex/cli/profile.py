@@ -1,0 +1,66 @@
+"""`drex profile`: measure what passes take here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from drex.cli.common import (
+    CriterionOption,
+    DeviceOption,
+    DtypeOption,
+    ExitsOption,
+    KvFillOption,
+    ThresholdsOption,
+    early_exit_from,
+)
+
+
+def profile(
+    model: Annotated[str | None, typer.Argument(help="Hugging Face folder or hub id; none: the bundled model.")] = None,
+    exits: ExitsOption = None,
+    thresholds: ThresholdsOption = None,
+    criterion: CriterionOption = None,
+    kv_fill: KvFillOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    max_num_seqs: Annotated[int, typer.Option(help="Requests in flight to measure up to.")] = 64,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default the number that is fastest.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the profile to this file, for others to start from.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure even if a fresh profile is kept.")] = False,
+) -> None:
+    """Measure what passes take on this machine, and show it; engines with the same settings start from it."""
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from drex.llm import LLM
+    from drex.tuning.profile_cache import MEASURE
+
+    settings = early_exit_from(exits, thresholds, criterion, kv_fill, False)
+    found = LLM(
+        model,
+        early_exit=settings,
+        dtype=dtype,
+        device=device,
+        max_num_seqs=max_num_seqs,
+        threads=threads,
+        profile=MEASURE if again else None,
+    ).profile
+    table = Table(
+        "segment", "rows", "layers (ms)", "head (ms)", title=f"{found.source}, {found.threads or '-'} threads"
+    )
+    for number, cost in enumerate(found.segments):
+        for rows in (1, 4, 8, 16, 32, 64):
+            if rows <= max_num_seqs:
+                layers, head = (float(curve.at(np.float64(rows))) * 1e3 for curve in (cost.rows, cost.head))
+                table.add_row(str(number) if rows == 1 else "", str(rows), f"{layers:.3f}", f"{head:.3f}")
+        table.add_row("", "", f"+ {cost.span * 1e6:.1f} µs a request", f"{cost.entry * 1e9:.1f} ns a K/V entry")
+        table.add_section()
+    Console().print(table)
+    if out is not None:
+        out.write_text(json.dumps(found.to_dict()) + "\n", encoding="utf-8")
+        typer.echo(f"wrote {out}", err=True)

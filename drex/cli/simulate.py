@@ -1,0 +1,99 @@
+"""`drex simulate`: policies in virtual time, on a machine that is not at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from drex.cli.common import EXIT_LAYERS_HELP, parse_floats, parse_ints
+
+
+def simulate(
+    shape: Annotated[
+        str, typer.Option(help="llama-160m, llama-3.2-1b, llama-3-8b, llama-2-13b or qwen2.5-14b.")
+    ] = "llama-2-13b",
+    machine: Annotated[str, typer.Option(help="h200, h100, a100, l40s or rtx4090.")] = "h200",
+    profile: Annotated[
+        Path | None, typer.Option(help="Costs from a file of drex profile --out, instead of a machine.")
+    ] = None,
+    exits: Annotated[str | None, typer.Option("--exits", help=EXIT_LAYERS_HELP)] = None,
+    exit_rates: Annotated[str, typer.Option(help="Share that exits at each exit point.")] = "0.6",
+    exit_trace: Annotated[Path | None, typer.Option(help="Recorded exits: what drex generate --json printed.")] = None,
+    kv_fill: Annotated[str, typer.Option(help="recompute, project, alias or mask.")] = "recompute",
+    policies: Annotated[str, typer.Option(help="See drex bench.")] = "full,split,drex",
+    in_flight: Annotated[str, typer.Option(help="Requests in flight, each count a run of its own.")] = "8,32,256",
+    requests: Annotated[int, typer.Option(help="Of each run.")] = 1000,
+    prompt_tokens: Annotated[int, typer.Option(help="Of each request.")] = 64,
+    output_tokens: Annotated[int, typer.Option(help="Of each request.")] = 32,
+    rate: Annotated[float | None, typer.Option(help="Open loop: Poisson arrivals a second.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Open loop: arrivals and lengths of a recorded trace.")] = None,
+    trace_scale: Annotated[float, typer.Option(help="Factor on the trace's lengths.")] = 1.0,
+    trace_speed: Annotated[float, typer.Option(help="Factor on the trace's rate of arrivals.")] = 1.0,
+    tpot_ms: Annotated[float | None, typer.Option(help="Target of every request: mean time a token.")] = None,
+    max_slowdown: Annotated[float | None, typer.Option(help="Bound on time against full depth, as a factor.")] = None,
+    adaptive: Annotated[bool, typer.Option("--adaptive", help="Stop checking exits while that does not pay.")] = False,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Rows a pass may have.")] = 2048,
+    seed: int = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write the report as a page with charts.")] = None,
+) -> None:
+    """Simulate scheduling policies: the engine's own control code, over virtual time. No weights, no GPU."""
+    from rich.console import Console
+
+    from drex.bench.html import render
+    from drex.bench.machine import versions
+    from drex.bench.table import show
+    from drex.config import EngineConfig, check_policies
+    from drex.control.cost import load_profile
+    from drex.request import SamplingParams
+    from drex.sim.machines import MACHINES, roofline
+    from drex.sim.shapes import SHAPES
+    from drex.sim.simulate import Scenario, read_depths, run, segment_lengths
+    from drex.sim.workload import draw_jobs, read_trace
+
+    for name, known, option in ((shape, SHAPES, "--shape"), (machine.lower(), MACHINES, "--machine")):
+        if name not in known:
+            raise ValueError(f"{option} {name!r}: choose one of {', '.join(known)}")
+    size = SHAPES[shape]
+    layers = parse_ints(exits, "--exits") if exits else (size.layers // 2,)
+    lengths = segment_lengths(layers, size.layers)
+    costs = roofline(MACHINES[machine.lower()], size, lengths) if profile is None else load_profile(profile)
+    if len(costs.segments) != len(lengths):
+        raise ValueError(f"the profile has {len(costs.segments)} segments and --exits make {len(lengths)}")
+    rates = parse_floats(exit_rates, "--exit-rates")
+    if len(rates) != len(layers) or not all(0 <= rate < 1 for rate in rates):
+        raise ValueError(f"--exit-rates {exit_rates}: give a share in [0, 1) for each exit after {list(layers)}")
+    depths = read_depths(exit_trace, [*layers, size.layers]) if exit_trace else ()
+    params = SamplingParams(temperature=0.0, ignore_eos=True, tpot_ms=tpot_ms)
+    scenario = Scenario(lengths, costs, rates, kv_fill, params, depths)
+    whole: dict[str, object] = {}
+    runs: list[object] = []
+    for count in parse_ints(in_flight, "--in-flight"):
+        if trace is not None:
+            jobs = read_trace(trace, scale=trace_scale, speed=trace_speed)[:requests]
+        else:
+            lengths_of = (prompt_tokens, prompt_tokens), (output_tokens, output_tokens)
+            jobs = draw_jobs(requests, *lengths_of, rate=rate, seed=seed)
+        longest = max(job.prompt + job.output for job in jobs)
+        config = EngineConfig(
+            max_model_len=longest,
+            max_num_seqs=count,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_tokens=count * longest,
+            max_fill_rows=max(256, 4 * count),
+            max_slowdown=max_slowdown,
+            adaptive=adaptive,
+        )
+        whole = run(scenario, check_policies(policies.split(",")), jobs, config)
+        found = whole["runs"]
+        assert isinstance(found, list)
+        runs.extend(found)
+    report = {**whole, **versions(), "model": shape, "dtype": "16 bit", "runs": runs}
+    show(report, Console())
+    for path, text in ((json_file, json.dumps(report, indent=1)), (html_file, render(report) if html_file else "")):
+        if path is not None:
+            path.write_text(text + "\n", encoding="utf-8")
+            typer.echo(f"wrote {path}", err=True)

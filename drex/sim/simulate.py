@@ -1,0 +1,149 @@
+"""`drex simulate` as a function: the engine and its control code over virtual time, on a machine that is modelled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drex.bench.runner import Cell, summarise
+from drex.config import EngineConfig, ExitRule
+from drex.control.cost import CostModel, Curve, Profile, SegmentCost
+from drex.control.scheduler import Scheduler
+from drex.control.slots import SlotLayout
+from drex.engine.engine import Engine
+from drex.request import Request, SamplingParams
+from drex.sim.executor import ExitSource, RecordedExits, VirtualExecutor, drawn_exits
+from drex.sim.workload import Job
+
+LABEL = "simulated: costs of a model of the machine, exits drawn or recorded"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is simulated.
+
+    Attributes:
+        lengths: layers of each segment.
+        profile: costs, with exits and heads.
+        exit_rates: at each exit point; ignored where `depths` are given.
+        depths: recorded outputs, each the segments that its tokens executed; requests take them in turn.
+        kv_fill: what fills the layers that a token skipped.
+        params: of every request but for `max_tokens`.
+    """
+
+    lengths: tuple[int, ...]
+    profile: Profile
+    exit_rates: tuple[float, ...]
+    kv_fill: str
+    params: SamplingParams
+    depths: Sequence[Sequence[int]] = ()
+
+    def engine(self, policy: str, config: EngineConfig, requests: int) -> Engine:
+        """A fresh engine in virtual time; `full` runs all layers as one segment."""
+        lengths, profile = self.lengths, self.profile
+        if policy == "full":
+            lengths, profile = (sum(lengths),), merged(profile)
+        exits: ExitSource = drawn_exits
+        if self.depths:
+            exits = RecordedExits({f"{n}": self.depths[n % len(self.depths)] for n in range(requests)})
+        cost = CostModel(profile)
+        scheduler = Scheduler(config, SlotLayout(lengths), self.kv_fill, cost)
+        return Engine(scheduler, VirtualExecutor(cost.copy(), exits))
+
+    def requests(self, jobs: Sequence[Job], segments: int) -> Iterator[tuple[float, Request]]:
+        """Requests of the jobs, made as they come."""
+        thresholds = tuple(1.0 - rate for rate in self.exit_rates) if not self.depths else (0.5,) * (segments - 1)
+        rule = ExitRule("trace", thresholds if segments > 1 else ())
+        known: dict[int, SamplingParams] = {}
+        for number, job in enumerate(jobs):
+            params = known.setdefault(job.output, replace(self.params, max_tokens=job.output))
+            request = Request(f"{number}", (0,) * job.prompt, params, rule, number, frozenset(), segments, number)
+            yield job.arrival, request
+
+
+def run(scenario: Scenario, policies: Sequence[str], jobs: Sequence[Job], config: EngineConfig) -> dict[str, Any]:
+    """Simulate policies on the same jobs; returns a report like that of `drex bench`."""
+    layers = list(accumulate(scenario.lengths))
+    cells = []
+    for policy in policies:
+        engine = scenario.engine(policy, replace(config, policy=policy), len(jobs))
+        cell = Cell(policy, config.max_num_seqs, engine)
+        cell.run(scenario.requests(jobs, engine.scheduler.segments))
+        cells.append(cell)
+    return {
+        "machine": {"cpu": scenario.profile.source, "device": scenario.profile.source, "cores": None, "threads": None},
+        "label": LABEL,
+        "kv_fill": scenario.kv_fill,
+        "exit_layers": layers[:-1],
+        "num_layers": layers[-1],
+        "workload": {
+            "kind": "open" if any(job.arrival for job in jobs) else "closed",
+            "requests": len(jobs),
+            "prompt_tokens": [min(job.prompt for job in jobs), max(job.prompt for job in jobs)],
+            "output_tokens": [min(job.output for job in jobs), max(job.output for job in jobs)],
+            "exit_rates": list(scenario.exit_rates),
+            "repeats": 1,
+        },
+        "runs": summarise(cells, layers),
+    }
+
+
+def merged(profile: Profile) -> Profile:
+    """The costs of all segments as one, with the final head only: full depth in one pass."""
+    counts = sorted({count for cost in profile.segments for count in cost.rows.counts})
+    at = np.array(counts)
+    rows = np.sum([cost.rows.at(at) for cost in profile.segments], axis=0)
+    return Profile(
+        (
+            SegmentCost(
+                Curve(tuple(counts), tuple(map(float, rows))),
+                profile.segments[-1].head,
+                sum(cost.span for cost in profile.segments),
+                sum(cost.entry for cost in profile.segments),
+                0.0,
+            ),
+        ),
+        profile.threads,
+        profile.source,
+    )
+
+
+def read_depths(path: str | Path, layers: Sequence[int]) -> list[list[int]]:
+    """Recorded exits: JSON lines as `drex generate --json` prints them -> segments executed, a list an output.
+
+    Args:
+        path: of the file.
+        layers: executed after each segment.
+
+    Raises:
+        ValueError: a file that can't be read, or exits at other layers.
+    """
+    number_of = {layer: number + 1 for number, layer in enumerate(layers)}
+    found = []
+    try:
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            tokens = json.loads(line).get("tokens")
+            if tokens:
+                found.append([number_of[token["exit_layer"]] for token in tokens])
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        remedy = "give what drex generate --json prints"
+        raise ValueError(f"{path} can't be read as a trace of exits ({error}): {remedy}") from error
+    except KeyError as error:
+        raise ValueError(f"{path} has exits after layer {error}: the segments end after {list(layers)}") from error
+    if not found:
+        raise ValueError(f"{path} has no tokens")
+    return found
+
+
+def segment_lengths(exits: Sequence[int], layers: int) -> tuple[int, ...]:
+    """Layers of each segment. Raises ValueError for exits that are not inside the model."""
+    edges = [0, *exits, layers]
+    if any(stop <= start for start, stop in pairwise(edges)):
+        raise ValueError(f"exits after {list(exits)}: name layers between 1 and {layers - 1}, ascending")
+    return tuple(stop - start for start, stop in pairwise(edges))
