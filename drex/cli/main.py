@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from drex.cli.advise import advise
 from drex.cli.bench import bench
 from drex.cli.evaluate import evaluate
 from drex.cli.generate import generate
@@ -23,6 +24,7 @@ app.command()(evaluate)
 app.command()(profile)
 app.command()(bench)
 app.command()(simulate)
+app.command()(advise)
 
 
 @app.callback()

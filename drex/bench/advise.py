@@ -1,0 +1,137 @@
+"""Does early exit pay for this model on this machine? What `drex advise` works out.
+
+Exit rates and quality are measured on the user's prompts, teacher-forced under the fill that would be served; costs are
+those of a profile. Gains are predictions: θ* over full depth, by requests in flight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from drex.config import EarlyExit
+from drex.control.cost import CostModel
+from drex.control.yardstick import measure
+from drex.llm import LLM
+
+WORTH_IT = 1.02
+"""A gain below this is within what costs and rates are off."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One threshold.
+
+    Attributes:
+        threshold: at every exit point.
+        exit_rates: share of the tokens reaching each exit point that leave there.
+        agreement: share of tokens whose most likely successor is full depth's.
+        loss_ratio: loss over that of full depth.
+        gains: θ* over full depth, by requests in flight; None where θ* isn't solved (three exit points and more).
+    """
+
+    threshold: float
+    exit_rates: tuple[float, ...]
+    agreement: float
+    loss_ratio: float
+    gains: dict[int, float | None]
+
+    @property
+    def best_gain(self) -> float:
+        return max((gain for gain in self.gains.values() if gain is not None), default=1.0)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do, and why.
+
+    Attributes:
+        pays: whether any threshold within the tolerance gains anything anywhere.
+        text: for people.
+        outcomes: all that was looked at.
+        recommended: settings, None where full depth is better.
+    """
+
+    pays: bool
+    text: str
+    outcomes: tuple[Outcome, ...]
+    recommended: dict[str, Any] | None
+
+
+def advise(
+    llm: LLM, texts: Sequence[Sequence[int]], thresholds: Sequence[float], in_flight: Sequence[int], tolerance: float
+) -> Advice:
+    """Measure and recommend.
+
+    Args:
+        llm: with exit points and a profile.
+        texts: token ids that stand for the traffic, each of at least 2.
+        thresholds: to look at, each for all exit points.
+        in_flight: counts of requests.
+        tolerance: the largest share by which the loss may grow.
+    """
+    full = llm.score(texts)
+    loss = sum(scored.loss for scored in full) / len(full)
+    cost = CostModel(llm.profile)
+    context = sum(map(len, texts)) / len(texts)
+    outcomes = []
+    for threshold in thresholds:
+        scored = llm.score(texts, early_exit=EarlyExit(thresholds=threshold))
+        rates = _exit_rates(llm, [layer for each in scored for layer in each.exit_layers])
+        same = [a == b for x, y in zip(full, scored, strict=True) for a, b in zip(x.best, y.best, strict=True)]
+        gains: dict[int, float | None] = {}
+        for count in in_flight:
+            found = measure(cost, rates, count, context, llm.model.exits.kv_fill)
+            gains[count] = None if found.optimal is None else found.optimal / found.full
+        ratio = sum(each.loss for each in scored) / len(scored) / loss
+        outcomes.append(Outcome(threshold, rates, sum(same) / len(same), ratio, gains))
+    return _decide(llm, outcomes, tolerance)
+
+
+def _exit_rates(llm: LLM, depths: list[int]) -> tuple[float, ...]:
+    """Share of the tokens reaching each exit point that leave there."""
+    rates, left = [], len(depths)
+    for layer in llm.model.exits.layers:
+        here = depths.count(layer)
+        rates.append(here / left if left else 0.0)
+        left -= here
+    return tuple(rates)
+
+
+def _decide(llm: LLM, outcomes: list[Outcome], tolerance: float) -> Advice:
+    allowed = [outcome for outcome in outcomes if outcome.loss_ratio <= 1 + tolerance]
+    if not allowed:
+        lowest = min(outcomes, key=lambda outcome: outcome.loss_ratio)
+        text = (
+            f"No, run full depth: no threshold keeps the loss within {tolerance:.1%} of full depth's. Closest comes "
+            f"{lowest.threshold:g}, {lowest.loss_ratio - 1:+.1%}. The exits would have to be trained more."
+        )
+        return Advice(False, text, tuple(outcomes), None)
+    best = max(allowed, key=lambda outcome: outcome.best_gain)
+    if best.best_gain < WORTH_IT:
+        early = 1 - math.prod(1 - rate for rate in best.exit_rates)
+        text = (
+            f"No, run full depth: at threshold {best.threshold:g}, {early:.0%} of the tokens exit, and the best gain "
+            f"at any count in flight is {best.best_gain - 1:+.1%}. Exit checks and the K/V of skipped layers cost what "
+            "is saved."
+        )
+        return Advice(False, text, tuple(outcomes), None)
+    good = [count for count, gain in best.gains.items() if gain is not None and gain >= WORTH_IT]
+    bad = [count for count in best.gains if count not in good]
+    text = (
+        f"Yes: threshold {best.threshold:g} gains up to {best.best_gain - 1:+.0%} "
+        f"(at {', '.join(map(str, good))} in flight), loss {best.loss_ratio - 1:+.2%}, "
+        f"{best.agreement:.1%} of the tokens as at full depth."
+    )
+    if bad:
+        text += f" At {', '.join(map(str, bad))} in flight it does not pay: serve with adaptive, or at full depth."
+    settings = {
+        "exits": list(llm.model.exits.layers),
+        "thresholds": best.threshold,
+        "kv_fill": llm.model.exits.kv_fill,
+        "policy": "drex",
+        "adaptive": bool(bad),
+    }
+    return Advice(True, text, tuple(outcomes), settings)
