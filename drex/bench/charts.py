@@ -97,10 +97,10 @@ class Axis:
         return cls(label, tuple(tick * step for tick in range(first, last + 1)))
 
     def at(self, value: float) -> float:
-        """Its share of the way; a lone tick is in the middle."""
+        """Its share of the way; a lone value stands near the labels on the right."""
         low, high = self.ticks[0], self.ticks[-1]
         if high <= low:
-            return 0.5
+            return 0.9
         if self.log:
             return 0.04 + 0.92 * math.log2(max(value, low / 2) / low) / math.log2(high / low)
         return (value - low) / (high - low)
@@ -211,7 +211,7 @@ def end_labels(frame: Frame, series: Sequence[Series]) -> str:
 
 
 def near_labels(frame: Frame, series: Sequence[Series]) -> str:
-    """Series named next to their last points, moved down to where no marker and no other label is."""
+    """Series named next to their last points, moved towards the middle until no marker and no label is there."""
     taken = [(x - 6, x + 6, y + 4) for one in series for x, y in (frame.place(p.x, p.y) for p in one.points)]
     parts = []
     for one in series:
@@ -219,10 +219,10 @@ def near_labels(frame: Frame, series: Sequence[Series]) -> str:
         width, height = LETTER * len(one.label), y + 4
         left = x + 9 if x + 9 + width < frame.right + 12 else x - 9 - width
         while any(abs(height - other) < LINE and left < end and start < left + width for start, end, other in taken):
-            height += 4
+            height += 4 if y < (frame.top + frame.bottom) / 2 else -4
         taken.append((left, left + width, height))
-        if height > y + 4:
-            parts.append(path(f"M{x:.1f} {y + 5:.1f}L{left:.1f} {height - 4:.1f}", "leader", one.color))
+        if height != y + 4:
+            parts.append(path(f"M{x:.1f} {y:.1f}L{left:.1f} {height - 4:.1f}", "leader", one.color))
         parts.append(text(left, height, one.label, "label", color=one.color))
     return "".join(parts)
 

@@ -64,7 +64,8 @@ border-radius:4px}
 .about{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:20px 28px;font-size:.9rem}
 .about h2{font-size:.9rem}dl{display:grid;grid-template-columns:auto 1fr;gap:1px 12px;margin:4px 0}
 dd{margin:0;overflow-wrap:anywhere}svg{display:block;width:100%;height:auto;overflow:visible}.narrow{display:none}
-.grid-of svg{max-width:340px}.grid-of{display:grid;grid-template-columns:repeat(auto-fill,minmax(260px,1fr));gap:24px 28px}
+.grid-of{display:grid;grid-template-columns:repeat(auto-fill,minmax(260px,1fr));gap:24px 28px}
+.grid-of svg{max-width:340px}
 .key{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:0 0 8px;padding:0;font-size:.9rem}
 .key i{display:inline-block;width:12px;height:12px;border-radius:2px;margin-right:7px;vertical-align:-1px}
 text{font-size:12.5px;fill:var(--quiet)}text.label,text.note{font-weight:600;fill:var(--ink)}
@@ -79,8 +80,8 @@ text.on-deep{fill:#fff}text.on-shallow{fill:#0d1b29}.grid{stroke:var(--grid)}.st
 .table{overflow-x:auto;margin:8px 0 32px;border-bottom:1px solid var(--grid)}
 table{border-collapse:collapse;font-size:.85rem;white-space:nowrap;min-width:100%}
 caption{text-align:left;font-weight:600;font-size:1rem;padding-bottom:6px;position:sticky;left:0}
-th,td{padding:4px 10px;text-align:right;border-top:1px solid var(--grid)}th{font-weight:600}
-thead th{color:var(--quiet);font-weight:400;border-top:0;vertical-align:bottom}thead .span{text-align:center}
+th,td{padding:4px 7px;text-align:right;border-top:1px solid var(--grid)}th{font-weight:600}
+thead th,thead td{color:var(--quiet);font-weight:400;border-top:0;vertical-align:bottom}thead .span{text-align:center}
 tbody th:first-child,thead tr:last-child th:first-child{position:sticky;left:0;background:var(--page)}
 tbody th:first-child,thead tr:last-child th:first-child,caption{text-align:left}
 tr.first>*{border-top:1px solid var(--quiet)}td.bad{color:var(--warn);font-weight:700}
@@ -127,6 +128,11 @@ def real(value: Any, way: str = "") -> float | None:
     found = dig(value, way) if way else value
     good = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
     return float(found) if good else None
+
+
+def reals(values: Any) -> list[float]:
+    """The finite numbers among them."""
+    return [found for found in map(real, values or ()) if found is not None]
 
 
 def number(value: Any) -> str:
@@ -252,7 +258,7 @@ def _speeds(story: _Story, relative: bool) -> list[Series]:
 
     def at(run: dict[str, Any], way: str) -> Point:
         full = (story.full_depth(run) or math.inf) if relative else 1.0
-        each = [value / full for value in map(real, (run.get("each") or ()) if way == "tokens_per_s" else ()) if value]
+        each = [value / full for value in reals(run.get("each"))] if way == "tokens_per_s" else []
         return Point(_at(run), run[way] / full, min(each, default=None), max(each, default=None))
 
     series = []
@@ -384,7 +390,7 @@ def _exits(story: _Story) -> str:
 def _occupancy(story: _Story) -> str:
     panels = []
     for run in (run for run in story.runs if str(run["policy"]).startswith("drex")):
-        kept = [[value for value in map(real, row) if value is not None] for row in run.get("occupancy") or ()]
+        kept = [reals(row) for row in run.get("occupancy") or ()]
         kept = [row for row in kept if len(row) > 1 and len(row) == len(kept[0])]
         step = math.ceil(len(kept) / 90) or 1
         chunks = [kept[at : at + step] for at in range(0, len(kept), step)]
@@ -393,7 +399,7 @@ def _occupancy(story: _Story) -> str:
             continue
         times, layers = [row[0] - kept[0][0] for row in thin], list(zip(*(row[1:] for row in thin), strict=True))
         at = story.report.get("exit_layers") or ()
-        names = [f"after layer {at[i]}" if i < len(at) else f"exit point {i + 1}" for i in range(len(layers))]
+        names = [f"after layer {at[i]}" if i < len(at) and at[i] else f"exit point {i + 1}" for i in range(len(layers))]
         y = Axis.over("rows waiting", [sum(row[1:]) for row in thin], count=4, whole=True)
         frame = framed(Axis.over("seconds", times), y, 300, 220, 14)
         told = []
@@ -528,7 +534,7 @@ def _headline(story: _Story) -> tuple[str, str]:
     facts = [
         (percent(best.get("efficiency")), "of ideal"),
         (percent(reached / best_rule if reached and best_rule else None), "of θ*"),
-        (f"{number(dig(best, 'rct_ms.p95'))} ms", "RCT p95"),
+        (number(dig(best, "rct_ms.p95")), "ms RCT, p95"),
         (number(best.get("mean_depth")), f"mean depth, of {plain(story.report.get('num_layers'))} layers"),
         (count(best.get("involuntary_exits")), "involuntary exits"),
     ]
@@ -554,7 +560,7 @@ def _about(report: dict[str, Any]) -> str:
             if isinstance(value, list) and name.endswith("_tokens"):
                 said = DASH.join(dict.fromkeys(plain(end) for end in value)) or NONE
             items.append(f"<dt>{esc(name.replace('_', ' '))}</dt><dd>{esc(said)}</dd>")
-        parts.append(f"<div><h2>{title}</h2><dl>{''.join(items)}</dl></div>")
+        parts.append(f"<div><h2>{title}</h2><dl>{''.join(items) or f'<dt>{NONE}</dt>'}</dl></div>")
     return f'<div class="about">{"".join(parts)}</div>'
 
 
@@ -564,6 +570,8 @@ def render(report: dict[str, Any]) -> str:
     title, facts = _headline(story)
     label = esc(plain(report.get("label")))
     said = "Timings are real; texts and quality are not: no trained model decided these exits."
+    if not report.get("label"):
+        said = "The report does not say whether a trained model decided these exits."
     banner = "" if story.trained else f'<p class="warning" role="note"><strong>{label}</strong>{said}</p>'
     badge = f'<p class="label">{label}</p>' if story.trained else ""
     head = (

@@ -124,12 +124,12 @@ class FlushRule:
 
     def seconds(self, segment: int, live: FloatArray | float, fills: FloatArray | float) -> FloatArray:
         """Passes over live rows and the fills that they owe, as of the last refresh; numbers or arrays."""
-        out: FloatArray = np.interp(live, self.counts, self._live[segment])
+        out: FloatArray = np.asarray(np.interp(live, self.counts, self._live[segment]))
         if self.kv_fill == "recompute":
-            return out + np.interp(np.add(live, fills), self.counts, self._rows[segment])
-        out = out + np.interp(live, self.counts, self._rows[segment])
+            return np.asarray(out + np.interp(np.add(live, fills), self.counts, self._rows[segment]))
+        out = np.asarray(out + np.interp(live, self.counts, self._rows[segment]))
         if self.kv_fill == "project":
-            return out + self.cost.profile.segments[segment].kv_row * np.asarray(fills)
+            return np.asarray(out + self.cost.profile.segments[segment].kv_row * np.asarray(fills))
         return out
 
     def seconds_ahead(self, segment: int, live: Sequence[int], fills: Sequence[int]) -> float:

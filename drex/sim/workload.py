@@ -78,24 +78,20 @@ def read_trace(path: str | Path, *, scale: float = 1.0, longest: int | None = No
         raise ValueError(f"{path} can't be read as a trace ({error}): give CSV or JSONL") from error
     if not rows:
         raise ValueError(f"{path} has no requests")
-    names = {what: next((name for name in known if name in rows[0]), None) for what, known in FIELDS.items()}
-    if names["prompt"] is None or names["output"] is None:
+    arrival, prompt_name, output_name = (_column(rows[0], what) for what in ("arrival", "prompt", "output"))
+    if prompt_name is None or output_name is None:
         known = ", ".join(name for what in ("prompt", "output") for name in FIELDS[what])
         raise ValueError(f"{path} has none of the columns {known}")
-    unit = 1e-3 if names["arrival"] == "timestamp" else 1.0
+    unit = 1e-3 if arrival == "timestamp" else 1.0
     jobs = []
     for row in rows:
-        prompt, output = (max(1, round(float(row[names[what]]) * scale)) for what in ("prompt", "output"))
+        prompt, output = (max(1, round(float(row[name]) * scale)) for name in (prompt_name, output_name))
         if longest is not None and prompt + output > longest:
             share = longest / (prompt + output)
             prompt, output = max(1, math.floor(prompt * share)), max(1, math.floor(output * share))
-        arrival = float(row[names["arrival"]]) * unit / speed if names["arrival"] else 0.0
-        jobs.append(Job(prompt, output, arrival))
+        jobs.append(Job(prompt, output, float(row[arrival]) * unit / speed if arrival else 0.0))
     return sorted(jobs, key=lambda job: job.arrival)
 
 
-def staggered(in_flight: int, output: int, prompt: tuple[int, int], seed: int = 0) -> list[Job]:
-    """A closed loop whose ends are spread: the first jobs have every share of the full output, the others all of it."""
-    draw = random.Random(seed)
-    first = [Job(draw.randint(*prompt), max(2, round(output * (i + 1) / in_flight))) for i in range(in_flight)]
-    return [*first, *(Job(draw.randint(*prompt), output) for _ in range(in_flight))]
+def _column(row: dict[str, Any], what: str) -> str | None:
+    return next((name for name in FIELDS[what] if name in row), None)

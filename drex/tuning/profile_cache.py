@@ -61,12 +61,11 @@ def obtain(
             raise ValueError(f"threads is {threads}: give at least 1")
         torch.set_num_threads(threads)
     if asked is not None and asked != MEASURE:
-        profile = (
-            nominal(lengths) if asked == "nominal" else asked if isinstance(asked, Profile) else load_profile(asked)
-        )
-        if len(profile.segments) != len(lengths):
-            raise ValueError(f"the profile has {len(profile.segments)} segments and the engine {len(lengths)}")
-        return profile
+        given = nominal(lengths) if asked == "nominal" else asked
+        ready = given if isinstance(given, Profile) else load_profile(given)
+        if len(ready.segments) != len(lengths):
+            raise ValueError(f"the profile has {len(ready.segments)} segments and the engine {len(lengths)}")
+        return ready
     free = on_cpu and threads is None and "OMP_NUM_THREADS" not in os.environ
     key = _key(runner, config, exits, None if free else torch.get_num_threads())
     profile = None if asked == MEASURE else find(key)
