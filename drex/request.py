@@ -214,7 +214,6 @@ class Request:
     waits_since: tuple[int, int] | None = None
     arrived_at: float = 0.0
     first_token_at: float | None = None
-    last_token_at: float | None = None
     due: float = math.inf
     paced_due: float = 0.0
     abort_asked: FinishReason | None = None

@@ -6,38 +6,15 @@ cell without a value holds a dash. All that a report says passes through `esc`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any
 
-from drex.bench.charts import (
-    LETTER,
-    Axis,
-    Bar,
-    Point,
-    Series,
-    areas,
-    bars,
-    blend,
-    end_labels,
-    esc,
-    framed,
-    near_labels,
-    on,
-    shorten,
-    svg,
-)
+from drex.bench.charts import esc
+from drex.bench.figures import FIGURES
+from drex.bench.story import DASH, NONE, TIMES, Story, count, dig, fine, number, percent, plain, real, several, times
 
-POLICIES = ("drex", "full", "split", "art", "consensus", "majority", "greedy", "latency_only")
-"""In the order of the charts; a policy's place decides its colour and marker, the same on every page."""
-DASH, TIMES_SIGN = "\u2013", "\u00d7"
-NONE, BAD = DASH, ' class="bad"'
-TIMES = ("mean", "p50", "p95", "p99")
-WIDE, NARROW = 940.0, 366.0
-"""Charts are drawn twice, so that text keeps its size on a phone."""
-
+BAD = ' class="bad"'
 STYLE = """
 :root{color-scheme:light dark;--page:#fff;--soft:#f4f6f8;--ink:#14181f;--quiet:#566070;--grid:#e2e6eb;
 --warn-page:#fff3cf;--warn:#9a6200;--shallow:#b3d8f2;--deep:#0b4a80;--own:#c3c9d1;
@@ -111,357 +88,7 @@ addEventListener("scroll", () => { tip.hidden = true }, { passive: true });
 """
 
 
-def dig(value: Any, way: str) -> Any:
-    """What stands at `rct_ms.p95` or `time.segments.0`; None where anything on the way is missing."""
-    for step in way.split("."):
-        if isinstance(value, dict):
-            value = value.get(step)
-        elif isinstance(value, list) and step.isdigit() and int(step) < len(value):
-            value = value[int(step)]
-        else:
-            return None
-    return value
-
-
-def real(value: Any, way: str = "") -> float | None:
-    """A finite number found there, or None."""
-    found = dig(value, way) if way else value
-    good = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
-    return float(found) if good else None
-
-
-def reals(values: Any) -> list[float]:
-    """The finite numbers among them."""
-    return [found for found in map(real, values or ()) if found is not None]
-
-
-def number(value: Any) -> str:
-    """About three digits that say something: 1,406, 85.2, 3.14, 0.0123."""
-    found = real(value)
-    if found is None:
-        return NONE
-    size = abs(found)
-    return f"{found:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}" if size >= 1 else f"{found:.3g}"
-
-
-def count(value: Any) -> str:
-    """A whole number."""
-    found = real(value)
-    return NONE if found is None else f"{found:,.0f}"
-
-
-def percent(value: Any) -> str:
-    """A share."""
-    found = real(value)
-    return NONE if found is None else f"{100 * found:.1f} %"
-
-
-def fine(value: Any) -> str:
-    """Four places, for what differs in the third."""
-    found = real(value)
-    return NONE if found is None else f"{found:.4f}"
-
-
-def several(values: Any) -> str:
-    """Numbers side by side."""
-    return " · ".join(number(one) for one in values or ()) or NONE
-
-
-def plain(value: Any) -> str:
-    """Anything from the report's head, as it stands."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {plain(one)}" for key, one in value.items()) or NONE
-    if isinstance(value, list | tuple):
-        return ", ".join(plain(one) for one in value) or NONE
-    if isinstance(value, float):
-        return f"{value:,.6g}"
-    return NONE if value is None or value == "" else str(value)
-
-
-@dataclass(frozen=True)
-class _Story:
-    """A report, asked the questions that the charts have."""
-
-    report: dict[str, Any]
-    runs: Sequence[dict[str, Any]]
-    policies: Sequence[str]
-
-    @classmethod
-    def of(cls, report: dict[str, Any]) -> _Story:
-        found = {str(run["policy"]) for run in report.get("runs") or ()}
-        policies = [name for name in POLICIES if name in found] + sorted(found - set(POLICIES))
-        order = {name: place for place, name in enumerate(policies)}
-        runs = sorted(report.get("runs") or (), key=lambda run: (order[str(run["policy"])], run["in_flight"]))
-        return cls(report, runs, policies)
-
-    @property
-    def trained(self) -> bool:
-        return bool(self.report.get("label") == "trained model")
-
-    def look(self, policy: str) -> tuple[str, int]:
-        """Colour and marker."""
-        known = [*POLICIES, *(name for name in self.policies if name not in POLICIES)].index(policy)
-        return f"var(--c{known % 8})", known
-
-    def having(self, way: str) -> dict[str, list[dict[str, Any]]]:
-        """Runs with a number there, by policy."""
-        groups = {
-            p: [r for r in self.runs if str(r["policy"]) == p and real(r, way) is not None] for p in self.policies
-        }
-        return {policy: runs for policy, runs in groups.items() if runs}
-
-    def widest(self, has: Callable[[dict[str, Any]], object]) -> list[dict[str, Any]]:
-        """Of the runs that have it, those at the largest in-flight count."""
-        found = [run for run in self.runs if has(run)]
-        return [run for run in found if run["in_flight"] == max(run["in_flight"] for run in found)]
-
-    def depths(self) -> list[str]:
-        """Exit layers and the full depth, as the runs name them."""
-        found = {key for run in self.runs for key in (run.get("exits") or {})}
-        return sorted(found, key=lambda key: (not key.isdigit(), int(key) if key.isdigit() else 0, key))
-
-    def segments(self) -> list[str]:
-        """What to call each segment."""
-        most = max((len(dig(run, "time.segments") or ()) for run in self.runs), default=0)
-        ends = [0, *(self.report.get("exit_layers") or ()), self.report.get("num_layers")]
-        if len(ends) != most + 1 or None in ends:
-            return [f"segment {index}" for index in range(most)]
-        return [f"layers {first + 1}{DASH}{last}" for first, last in pairwise(ends)]
-
-    def full_depth(self, run: dict[str, Any]) -> float | None:
-        """Full depth's throughput beside a run: the policy `full` where it ran, or what the run itself says."""
-        ran = [r for r in self.runs if r["policy"] == "full" and r["in_flight"] == run["in_flight"]]
-        return real(ran[0], "tokens_per_s") if ran else real(run, "full")
-
-
-def _both(draw: Callable[[float], str]) -> str:
-    return f'<div class="wide">{draw(WIDE)}</div><div class="narrow">{draw(NARROW)}</div>'
-
-
-def _key(names: Sequence[tuple[str, str]]) -> str:
-    """What colours mean, in order, where pieces can be too small for their labels."""
-    items = (f'<li><i style="background:{esc(color)}"></i>{esc(name)}</li>' for name, color in names)
-    return f'<ul class="key">{"".join(items)}</ul>'
-
-
-def _at(run: dict[str, Any]) -> float:
-    """Where a run stands on a logarithmic axis."""
-    return max(1.0, float(run["in_flight"]))
-
-
-def _in_flight(runs: Iterable[dict[str, Any]]) -> Axis:
-    return Axis("requests in flight", tuple(sorted({_at(run) for run in runs})), log=True)
-
-
-def _speeds(story: _Story, relative: bool) -> list[Series]:
-    """A line a policy, and the references; `relative` to full depth at the same in-flight count."""
-
-    def at(run: dict[str, Any], way: str) -> Point:
-        full = (story.full_depth(run) or math.inf) if relative else 1.0
-        each = [value / full for value in reals(run.get("each"))] if way == "tokens_per_s" else []
-        return Point(_at(run), run[way] / full, min(each, default=None), max(each, default=None))
-
-    series = []
-    for way, name in (("ideal", "ideal"), ("theta_star", "θ*"), ("full", "full depth")):
-        # The references are drawn once: as drex's own runs state them, or the first policy's that do.
-        runs = next(iter(story.having(way).values()), [])
-        if runs and not (way == "full" and "full" in story.policies):
-            series.append(Series(name, "var(--quiet)", [at(run, way) for run in runs], "reference"))
-    for policy, runs in story.having("tokens_per_s").items():
-        color, shape = story.look(policy)
-        points = [at(run, "tokens_per_s") for run in runs]
-        series.append(Series(policy, color, points, "main" if policy == "drex" else "line", shape))
-    known = [replace(one, points=[point for point in one.points if point.y > 0]) for one in series]
-    return [one for one in known if one.points]
-
-
-def _lines(series: Sequence[Series], title: str, y: Axis, unit: str) -> str:
-    """Lines against in-flight counts, named at their ends."""
-    x = Axis("requests in flight", tuple(sorted({point.x for one in series for point in one.points})), log=True)
-    tips = []
-    for at in x.ticks:
-        here = sorted(((point.y, one.label) for one in series for point in one.points if point.x == at), reverse=True)
-        said = (f"{name}: {number(value)}{unit}" for value, name in here)
-        tips.append((at, "\n".join([f"{at:g} in flight", *said])))
-
-    def draw(width: float) -> str:
-        letters, height = (16, 400.0) if width == WIDE else (12, 340.0)
-        values = [f"  {number(one.points[-1].y)}{unit}" if width == WIDE else "" for one in series]
-        named = [replace(s, label=shorten(s.label, letters) + value) for s, value in zip(series, values, strict=True)]
-        frame = framed(x, y, width, height, 24 + LETTER * max(len(one.label) for one in named))
-        body = [frame.axes(), *(one.draw(frame) for one in named), end_labels(frame, named), frame.columns(tips)]
-        return svg(width, height, title, f"{y.label} of " + ", ".join(one.label for one in series), body)
-
-    return _both(draw) if series else ""
-
-
-def _throughput(story: _Story) -> str:
-    speeds, gains = _speeds(story, relative=False), _speeds(story, relative=True)
-    highest = [point.high or point.y for one in speeds for point in one.points]
-    ratios = [1.0, *(point.y for one in gains for point in one.points)]
-    drawn = _lines(speeds, "Throughput by policy", Axis.over("tokens/s", highest), "")
-    return drawn + _lines(
-        gains, "Throughput over full depth's", Axis.over("times full depth", ratios, zero=False), TIMES_SIGN
-    )
-
-
-def _latency(story: _Story) -> str:
-    groups = story.having("rct_ms.mean")
-    tops = [real(run, f"rct_ms.{time}") or 0.0 for runs in groups.values() for run in runs for time in TIMES]
-    unit, scale = ("s", 1e-3) if max(tops, default=0.0) >= 10_000 else ("ms", 1.0)
-
-    def point(run: dict[str, Any]) -> Point:
-        mean, p95, p99 = (real(run, f"rct_ms.{time}") for time in ("mean", "p95", "p99"))
-        assert mean is not None
-        high, far = (None if value is None else value * scale for value in (p95, p99))
-        return Point(_at(run), mean * scale, mean * scale, high, far)
-
-    lines = {policy: [point(run) for run in runs] for policy, runs in groups.items()}
-    means = {policy: [Point(one.x, one.y) for one in points] for policy, points in lines.items()}
-    x = _in_flight(run for runs in groups.values() for run in runs)
-    panels = []
-    for policy, runs in groups.items():
-        frame = framed(x, Axis.over(f"RCT, {unit}", [top * scale for top in tops], count=4), 300, 250, 14)
-        tips: dict[float, str] = {}
-        for run in runs:
-            said = (f"{time}: {number(real(run, f'rct_ms.{time}'))} ms" for time in TIMES)
-            tips[_at(run)] = "\n".join([f"{policy}, {_at(run):g} in flight", *said])
-        color, shape = story.look(policy)
-        others = [Series("", "var(--quiet)", line, "context") for name, line in means.items() if name != policy]
-        drawn = [one.draw(frame) for one in [*others, Series(policy, color, lines[policy], "line", shape)]]
-        body = [frame.axes(), *drawn, frame.columns(sorted(tips.items()))]
-        picture = svg(300, 250, f"Request completion time, {policy}", "Mean, p95 and p99 against in flight", body)
-        panels.append(f'<div><h3 style="color:{color}">{esc(policy)}</h3>{picture}</div>')
-    return _panels(panels)
-
-
-def _panels(panels: Sequence[str]) -> str:
-    return f'<div class="grid-of">{"".join(panels)}</div>' if panels else ""
-
-
-def _stacked(
-    title: str, about: str, rows: Sequence[Bar], looks: Sequence[tuple[str, str]], names: Sequence[str]
-) -> str:
-    """Bars with their key."""
-
-    def draw(width: float) -> str:
-        height, body = bars(rows, looks, width)
-        return svg(width, height, title, about, body)
-
-    colors = [color for color, _ in looks]
-    return _key(list(zip(names, colors, strict=True))) + _both(draw) if rows else ""
-
-
-def _ramp(steps: int) -> list[tuple[str, str]]:
-    return [(blend(index, steps), on(index, steps)) for index in range(steps)]
-
-
-def _row(run: dict[str, Any], values: Sequence[float], names: Sequence[str], unit: str, note: str) -> Bar:
-    """A run's bar: pieces say their share, and their name where there is room."""
-    policy, total = shorten(str(run["policy"]), 13), sum(values) or 1.0
-    shares = [f"{100 * value / total:.0f} %" for value in values]
-    says = [(f"{name} · {share}", share) for name, share in zip(names, shares, strict=True)]
-    told = zip(names, values, shares, strict=True)
-    tips = [f"{run['policy']}\n{name}: {number(value)} {unit}, {share}" for name, value, share in told]
-    return Bar(policy, values, says, tips, note)
-
-
-def _time(story: _Story) -> str:
-    names = [*story.segments(), "own time"]
-    rows = []
-    for run in story.widest(lambda run: real(run, "time.own") is not None or dig(run, "time.segments")):
-        values = [real(run, f"time.segments.{index}") or 0.0 for index in range(len(names) - 1)]
-        values.append(real(run, "time.own") or 0.0)
-        rows.append(_row(run, values, names, "s", f"{number(sum(values))} s"))
-    looks = [*_ramp(len(names) - 1), ("var(--own)", "on-shallow")]
-    return _stacked("Where the time goes", "Seconds by segment and policy", rows, looks, names)
-
-
-def _exits(story: _Story) -> str:
-    depths = story.depths()
-    names, rows = [f"layer {depth}" for depth in depths], []
-    for run in story.widest(lambda run: any(real(one) for one in (run.get("exits") or {}).values())):
-        values = [real(run, f"exits.{depth}") or 0.0 for depth in depths]
-        row = _row(run, values, names, "tokens", f"mean {number(run.get('mean_depth'))}")
-        rows.append(replace(row, values=[value / sum(values) for value in values]))
-    return _stacked("Exits over layers", "Share of tokens by exit layer and policy", rows, _ramp(len(depths)), names)
-
-
-def _occupancy(story: _Story) -> str:
-    panels = []
-    for run in (run for run in story.runs if str(run["policy"]).startswith("drex")):
-        kept = [reals(row) for row in run.get("occupancy") or ()]
-        kept = [row for row in kept if len(row) > 1 and len(row) == len(kept[0])]
-        step = math.ceil(len(kept) / 90) or 1
-        chunks = [kept[at : at + step] for at in range(0, len(kept), step)]
-        thin = [[sum(column) / len(chunk) for column in zip(*chunk, strict=True)] for chunk in chunks]
-        if len(thin) < 2 or thin[0][0] == thin[-1][0] or not any(sum(row[1:]) for row in thin):
-            continue
-        times, layers = [row[0] - kept[0][0] for row in thin], list(zip(*(row[1:] for row in thin), strict=True))
-        at = story.report.get("exit_layers") or ()
-        names = [f"after layer {at[i]}" if i < len(at) and at[i] else f"exit point {i + 1}" for i in range(len(layers))]
-        y = Axis.over("rows waiting", [sum(row[1:]) for row in thin], count=4, whole=True)
-        frame = framed(Axis.over("seconds", times), y, 300, 220, 14)
-        told = []
-        for time, row in zip(times, thin, strict=True):
-            said = (f"{name}: {number(value)}" for name, value in zip(names, row[1:], strict=True))
-            told.append((time, "\n".join([f"{time:.3g} s", *said])))
-        body = [frame.axes(), *areas(frame, times, layers, names), frame.columns(told)]
-        name = f"{run['policy']}, {run['in_flight']} in flight"
-        drawn = svg(300, 220, f"Buffer occupancy, {name}", "Rows waiting at each exit point over time", body)
-        panels.append(f"<div><h3>{esc(name)}</h3>{drawn}</div>")
-    return _panels(panels)
-
-
-def _quality(story: _Story) -> str:
-    series = []
-    for policy, runs in story.having("quality.token_agreement").items():
-        color, shape = story.look(policy)
-        points = [
-            Point(
-                run["tokens_per_s"],
-                run["quality"]["token_agreement"],
-                tip=f"{policy}, {run['in_flight']} in flight\n{number(run['tokens_per_s'])} tokens/s\n"
-                f"token agreement {fine(run['quality']['token_agreement'])}",
-            )
-            for run in runs
-        ]
-        series.append(Series(policy, color, points, "dots", shape))
-    points = [point for one in series for point in one.points]
-    x = Axis.over("tokens/s", [point.x for point in points])
-    y = Axis.over("token agreement with full depth", [1.0, *(point.y for point in points)], zero=False)
-
-    def draw(width: float) -> str:
-        frame = framed(x, y, width, 320, 24)
-        body = [frame.axes(), *(one.draw(frame) for one in series), near_labels(frame, series)]
-        return svg(width, 320, "Quality against throughput", "Token agreement against tokens per second", body)
-
-    return _both(draw) if series else ""
-
-
-FIGURES: Sequence[tuple[str, Callable[[_Story], str], str, str]] = (
-    ("Throughput", _throughput, "throughput",
-     "Tokens per second of all requests together; upright bars span the repeats. Ideal: what no schedule of serial "
-     "passes beats. θ*: the best that any flush rule could earn at these costs."),
-    ("Request completion time", _latency, "latency",
-     "From arrival to last token. The line is the mean; the bar reaches p95, the thin line p99. Grey: the means of the "
-     "other policies. All panels have one scale."),
-    ("Where the time goes", _time, "rest",
-     "Seconds of the run that went into each segment's passes, and the engine's own time around them, at the largest "
-     "in-flight count."),
-    ("What waits", _occupancy, "rest",
-     "Rows in the rebatching buffers over time, stacked by the exit point behind which they wait."),
-    ("Where tokens leave", _exits, "exits",
-     "Share of the tokens by the layer after which they were emitted, at the largest in-flight count; beside it the "
-     "mean depth in layers."),
-    ("What it costs in quality", _quality, "rest",
-     "Share of the tokens that equal full depth's, against throughput: up and to the right is better. A faint line "
-     "joins a policy's in-flight counts."),
-)  # fmt: skip
-"""Heading, drawing, the table that holds its numbers, and how to read it."""
-
-
-def _figures(story: _Story) -> Iterable[str]:
+def _figures(story: Story) -> Iterable[str]:
     # Figures get copied out of their page: what they were measured on goes with each.
     tag = "" if story.trained else f' <span class="tag">{esc(plain(story.report.get("label")))}</span>'
     for title, draw, numbers, caption in FIGURES:
@@ -475,13 +102,14 @@ Column = tuple[str, str, Callable[[Any], str], str]
 """Group heading, heading, how to write the value, where it is."""
 
 
-def _tables(story: _Story) -> Iterable[tuple[str, str, Sequence[Column]]]:
+def _tables(story: Story) -> Iterable[tuple[str, str, Sequence[Column]]]:
     """Anchor, caption and columns of each part of the full table."""
     ends = [("tokens by exit layer", depth, count, f"exits.{depth}") for depth in story.depths()]
     seconds = [("seconds in", name, number, f"time.segments.{at}") for at, name in enumerate(story.segments())]
     marks = ("token_agreement", "edit_similarity", "rouge_l", "loss", "loss_full")
     yield "throughput", "Throughput, tokens/s", [
-        ("", "tokens/s", number, "tokens_per_s"), ("", "repeats", several, "each"), ("", "full depth", number, "full"),
+        ("", "tokens/s", number, "tokens_per_s"), ("", "repeats", several, "each"),
+        ("", "decoding alone", number, "decode_tokens_per_s"), ("", "full depth", number, "full"),
         ("", "θ*", number, "theta_star"), ("", "ideal", number, "ideal"),
         ("", "efficiency", percent, "efficiency"), ("", "goodput", percent, "goodput"),
     ]  # fmt: skip
@@ -497,11 +125,13 @@ def _tables(story: _Story) -> Iterable[tuple[str, str, Sequence[Column]]]:
     yield "rest", "Time, slots and quality", [
         *seconds, ("seconds in", "own time", number, "time.own"),
         ("slots", "peak", count, "slots.peak"), ("slots", "capacity", count, "slots.capacity"),
+        ("", "preemptions", count, "preemptions"),
+        ("deadlines", "late", count, "late"), ("deadlines", "infeasible", count, "infeasible"),
         *(("quality", mark.replace("_", " "), fine, f"quality.{mark}") for mark in marks),
     ]  # fmt: skip
 
 
-def _table(story: _Story, anchor: str, caption: str, columns: Sequence[Column]) -> str:
+def _table(story: Story, anchor: str, caption: str, columns: Sequence[Column]) -> str:
     groups = [(group, len(list(of))) for group, of in groupby(column[0] for column in columns)]
     spans = "".join(f'<th class="span" scope="colgroup" colspan="{wide}">{esc(group)}</th>' for group, wide in groups)
     over = f'<tr><td colspan="2"></td>{spans}</tr>' if any(group for group, _ in groups) else ""
@@ -521,7 +151,7 @@ def _table(story: _Story, anchor: str, caption: str, columns: Sequence[Column]) 
     )
 
 
-def _headline(story: _Story) -> tuple[str, str]:
+def _headline(story: Story) -> tuple[str, str]:
     """The page's title, and the few numbers that answer for it."""
     widest = story.widest(lambda run: True)
     best = next((run for run in widest if run["policy"] == "drex"), None) or max(
@@ -529,11 +159,12 @@ def _headline(story: _Story) -> tuple[str, str]:
     )
     if best is None:
         return "No runs", ""
-    full, reached, best_rule = story.full_depth(best), real(best, "tokens_per_s"), real(best, "theta_star")
-    gain = f"{reached / full:.2f}{TIMES_SIGN}" if full and reached else NONE
+    reached, full = real(best, "tokens_per_s"), story.full_depth(best, "tokens_per_s")
+    rate, optimum = real(best, story.rate), real(best, "theta_star")
+    gain = times(reached / full) if full and reached else NONE
     facts = [
         (percent(best.get("efficiency")), "of ideal"),
-        (percent(reached / best_rule if reached and best_rule else None), "of θ*"),
+        (percent(rate / optimum if rate and optimum else None), "of θ*"),
         (number(dig(best, "rct_ms.p95")), "ms RCT, p95"),
         (number(best.get("mean_depth")), f"mean depth, of {plain(story.report.get('num_layers'))} layers"),
         (count(best.get("involuntary_exits")), "involuntary exits"),
@@ -545,7 +176,8 @@ def _headline(story: _Story) -> tuple[str, str]:
 
 def _about(report: dict[str, Any]) -> str:
     """What was measured, on what and when."""
-    served = {name: report.get(name) for name in ("model", "num_layers", "exit_layers", "criterion", "kv_fill")}
+    named = ("model", "num_layers", "exit_layers", "criterion", "thresholds", "kv_fill", "dtype")
+    served = {name: report.get(name) for name in named}
     groups = {
         "Machine": {**dict.fromkeys(("cpu", "cores", "threads", "device")), **(report.get("machine") or {})},
         "Model": served,
@@ -566,7 +198,7 @@ def _about(report: dict[str, Any]) -> str:
 
 def render(report: dict[str, Any]) -> str:
     """The page of a report in the JSON of `drex bench`, complete: no other file, no network."""
-    story = _Story.of(report)
+    story = Story.of(report)
     title, facts = _headline(story)
     label = esc(plain(report.get("label")))
     said = "Timings are real; texts and quality are not: no trained model decided these exits."

@@ -11,6 +11,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from drex.engine.metrics import Metrics, PassRecord
 from drex.request import Request
 
 Arrivals = Iterable[tuple[float, Request]]
+IDLE = 0.5
+"""Seconds without a pass that part one turn from the next: the other policies run then."""
 POINTS = 240
 """Of the buffers' occupancy over time that a report holds."""
 
@@ -155,8 +158,10 @@ def _time(cell: Cell, segments: int) -> dict[str, Any]:
 
 
 def _occupancy(history: Sequence[PassRecord]) -> list[list[float]]:
-    """(seconds, rows waiting at each exit point) over the first repetition, thinned."""
+    """(seconds, rows waiting at each exit point) over the first turn, thinned."""
     with_buffers = [record for record in history if len(record.live) > 1]
+    turns = [i for i, (a, b) in enumerate(pairwise(with_buffers), 1) if b.started - a.started > 3 * a.seconds + IDLE]
+    with_buffers = with_buffers[: turns[0]] if turns else with_buffers
     if not with_buffers:
         return []
     start = with_buffers[0].started

@@ -44,7 +44,8 @@ class Deadlines:
         params = request.params
         if request.first_token_at is None:
             request.first_token_at = request.paced_due = now
-        request.last_token_at = now
+        if self.max_slowdown is None and params.tpot_ms is None and params.itl_ms is None:
+            return
         due = math.inf
         if params.tpot_ms is not None:
             due = request.first_token_at + request.num_output * params.tpot_ms / 1e3
@@ -63,5 +64,9 @@ class Deadlines:
 
 def tightest_tpot(requests: Iterable[Request]) -> float:
     """The smallest target per token among requests, in seconds; infinite where there is none."""
-    targets = [t for r in requests for t in (r.params.tpot_ms, r.params.itl_ms) if t is not None]
-    return min(targets, default=math.inf) / 1e3
+    tightest = math.inf
+    for request in requests:
+        params = request.params
+        if params.tpot_ms is not None or params.itl_ms is not None:
+            tightest = min(tightest, params.tpot_ms or math.inf, params.itl_ms or math.inf)
+    return tightest / 1e3

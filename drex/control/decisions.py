@@ -10,15 +10,16 @@ def evaluations(request: Request, segment: int, full: Rows) -> list[Evaluation]:
     """Heads to evaluate at the end of a segment: those of rows not decided yet that may exit there, or end there."""
     final = segment == request.num_segments - 1
     out = [] if request.score_rule is None else _scored(request, segment, full, final)
-    last = len(request.tokens) - 1
-    if not full.size or full.positions[-1] != last:
+    last, rows = len(request.tokens) - 1, full.positions
+    if not rows or rows[-1] != last:
         return out
     threshold = None
-    if not final and request.num_output:
-        threshold = request.rule.threshold(segment, request.num_output, request.max_tokens)
+    number = last + 1 - len(request.prompt)
+    if not final and number:
+        threshold = request.rule.threshold(segment, number, request.params.max_tokens)
     if final or threshold is not None:
         agreeing = request.row(last).agreeing
-        out.append(Evaluation(full.size - 1, last, threshold, request.draws, agreeing, request.banned()))
+        out.append(Evaluation(len(rows) - 1, last, threshold, request.draws, agreeing, request.banned()))
     return out
 
 

@@ -129,7 +129,7 @@ class Placement:
 
     def passed(self, request: Request, segment: int, span: Span) -> None:
         """A span has passed a segment: rows that execute nothing deeper leave the arena."""
-        if self.segments == 1:
+        if self.segments == 1 or (self.fills_owed and segment + 1 < self.segments):
             return
         for position in (*span.full.positions, *span.fill.positions):
             decided = position < len(request.depths)

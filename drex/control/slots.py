@@ -43,6 +43,10 @@ class SlotLayout:
         return sum(self.lengths) // self.layers_per_cell
 
 
+MOST_LEFT = 1024
+"""Starts of stretches that tables have left, to be tried first by new ones."""
+
+
 class SegmentTable:
     """Entries of one request at one segment, in order of position: own cells, aliases of another slot, or absent.
 
@@ -95,6 +99,18 @@ class SegmentTable:
         if last < 0 or self._aliased[last]:
             return self.preferred[part][0]
         return int(self._cells[part, last]) + 1
+
+    def room_ahead(self, positions: int) -> tuple[range, ...] | None:
+        """Where each part's run would go on for so many positions; None where one of them can't."""
+        if self._cells is not None:
+            return None
+        runs = []
+        for start, (low, high) in zip(self._starts, self.preferred, strict=True):
+            begin = start + self.count
+            if not 0 <= low <= begin <= high - positions:
+                return None
+            runs.append(range(begin, begin + positions))
+        return tuple(runs)
 
     def append(self, cells: Sequence[Sequence[int]]) -> None:
         """Add own entries, in order of position; for each part as many cells."""
@@ -161,6 +177,7 @@ class SlotPool:
         self._unpreferred: BoolArray = np.ones(self.num_cells, dtype=np.bool_)
         self._cells_in_use = 0
         self._tables: dict[str, tuple[SegmentTable, ...]] = {}
+        self._left: list[int] = []
 
     @property
     def capacity(self) -> int:
@@ -198,6 +215,8 @@ class SlotPool:
             self._cells_in_use -= len(cells)
             for start, stop in table.preferred:
                 self._unpreferred[start:stop] = True
+                self._left.append(start)
+            del self._left[:-MOST_LEFT]
 
     def _prefer(self, parts: int, room: int) -> list[tuple[int, int]]:
         """A stretch of `room` cells for each part, (-1, -1) where there is none; marked as preferred."""
@@ -211,6 +230,17 @@ class SlotPool:
 
     def extend(self, table: SegmentTable, positions: int) -> tuple[Sequence[int], ...]:
         """Take cells for `positions` more entries and append them. Returns them, for each part as many."""
+        runs = table.room_ahead(positions)
+        free = self._free_bytes
+        if runs is not None and all(free.find(0, run.start, run.stop) < 0 for run in runs):
+            for run in runs:
+                if positions == 1:
+                    free[run.start] = 0
+                else:
+                    self._free[run.start : run.stop] = False
+            self._cells_in_use += positions * len(runs)
+            table.count += positions
+            return runs
         cells = tuple([self._take(table, part, positions) for part in range(table.parts)])
         table.append(cells)
         return cells
@@ -239,7 +269,13 @@ class SlotPool:
         return taken
 
     def _find_stretch(self, room: int) -> int:
-        """The first `room` cells in a row that are free and nobody prefers, or -1."""
+        """`room` cells in a row that are free and nobody prefers, where another table was if possible; or -1."""
+        while self._left:
+            start = self._left.pop()
+            stop = start + room
+            inside = start >= 0 and stop <= self.num_cells
+            if inside and self._free[start:stop].all() and self._unpreferred[start:stop].all():
+                return start
         taken = np.flatnonzero(~(self._free & self._unpreferred))
         edges = np.concatenate(([-1], taken, [self.num_cells]))
         starts = np.flatnonzero(np.diff(edges) > room)

@@ -35,7 +35,8 @@ class Standing:
                 if request.pending(segment):
                     urgent[request.request_id] = request
             return False
-        self._count(frontiers, last, 1)
+        if frontiers[-1] < last:
+            self._count(frontiers, last, 1)
         if frontiers[0] == last:
             request.stands_at = 0
             self.ready[request.request_id] = request
@@ -54,7 +55,8 @@ class Standing:
                 urgent.pop(request.request_id, None)
             return
         frontiers, last = request.frontiers, len(request.tokens) - 1
-        self._count(frontiers, last, -1)
+        if frontiers[-1] < last:
+            self._count(frontiers, last, -1)
         if request.stands_at == 0:
             del self.ready[request.request_id]
         else:
@@ -62,6 +64,8 @@ class Standing:
 
     def _count(self, frontiers: list[int], last: int, sign: int) -> None:
         """Add or take away what a request owes. Positions before `last` are decided."""
-        if frontiers[-1] < last:
-            for segment in range(1, len(frontiers)):
-                self.owed[segment] += sign * (min(last, frontiers[segment - 1]) - min(last, frontiers[segment]))
+        before = min(last, frontiers[0])
+        for segment in range(1, len(frontiers)):
+            here = min(last, frontiers[segment])
+            self.owed[segment] += sign * (before - here)
+            before = here
