@@ -44,6 +44,7 @@ def measure(folder: Path, dtype: str, count: int, prompt: int, output: int) -> l
             early_exit=EarlyExit(kv_fill=fill),
             max_model_len=prompt + output,
             max_num_seqs=count,
+            profile="nominal",
         )
         prompts = prompts or held_out_prompts(llm, count, prompt)
         params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)

@@ -67,7 +67,7 @@ def _serve(folder: str, dtype: str) -> dict[str, int]:
     from drex import LLM, SamplingParams
     from drex.engine.torch_executor import TorchExecutor
 
-    llm = LLM(folder, dtype=dtype, max_num_seqs=IN_FLIGHT, max_model_len=368)
+    llm = LLM(folder, dtype=dtype, max_num_seqs=IN_FLIGHT, max_model_len=368, profile="measure")
     executor, model = llm.engine.executor, llm.model
     assert isinstance(executor, TorchExecutor)
     pool = executor.runner.pool

@@ -62,7 +62,15 @@ class DrexEngine:
     name = "drex"
 
     def __init__(self, folder: Path, dtype: str, in_flight: int) -> None:
-        self.llm = LLM(folder, policy="full", dtype=dtype, max_model_len=MAX_LENGTH, max_num_seqs=in_flight)
+        self.llm = LLM(
+            folder,
+            policy="full",
+            dtype=dtype,
+            max_model_len=MAX_LENGTH,
+            max_num_seqs=in_flight,
+            profile="nominal",
+            threads=torch.get_num_threads(),
+        )
         config = self.llm.config
         self.settings = {
             "policy": config.policy,
