@@ -255,6 +255,10 @@ class LLM:
             prompt_logprobs=(None, *self.engine.prompt_tokens(first)) if wanted else None,
         )
 
+    def metrics(self) -> dict[str, Any]:
+        """What the engine has measured since it started; see `Engine.report`."""
+        return self.engine.report()
+
     def exit_stats(self, outputs: Sequence[RequestOutput]) -> ExitStats:
         """Exits, involuntary exits and stays of everything in `outputs`."""
         tokens = (token for output in outputs for sample in output.outputs for token in sample.tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,8 @@ def bench(
     from drex.bench.table import show
     from drex.config import EngineConfig, check_policies
 
+    # Whether early exit pays is in the report.
+    logging.getLogger("drex.engine").setLevel(logging.ERROR)
     names, counts = check_policies(policies.split(",")), parse_ints(in_flight, "--in-flight")
     longest = LONGEST_PROMPT + output_tokens
     config = EngineConfig(

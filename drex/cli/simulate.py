@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +55,8 @@ def simulate(
     from drex.sim.simulate import Scenario, read_depths, run, segment_lengths
     from drex.sim.workload import draw_jobs, read_trace
 
+    # Whether early exit pays is in the report.
+    logging.getLogger("drex.engine").setLevel(logging.ERROR)
     for name, known, option in ((shape, SHAPES, "--shape"), (machine.lower(), MACHINES, "--machine")):
         if name not in known:
             raise ValueError(f"{option} {name!r}: choose one of {', '.join(known)}")

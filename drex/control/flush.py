@@ -89,7 +89,18 @@ class FlushRule:
         solved = self.outlook.yardstick
         if solved is not None and solved.optimal is not None and abs(solved.in_flight - self._decoding) <= 1:
             return solved.optimal
-        return self._tokens / self._seconds
+        return self.achieved or 0.0
+
+    @property
+    def achieved(self) -> float | None:
+        """The moving average of tokens a second while decoding; None before any."""
+        return self._tokens / self._seconds if self._seconds else None
+
+    @property
+    def pays(self) -> bool | None:
+        """Whether the optimum is above full depth at about the present load; None while that isn't solved."""
+        solved = self.outlook.yardstick
+        return None if solved is None or solved.optimal is None else solved.optimal >= solved.full
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Count a pass: tokens decided, and what it took."""

@@ -99,17 +99,16 @@ class Drex(Split):
     """Rebatch by the marginal-rate rule; flush what is due by age or deadline, and with whatever must run anyway."""
 
     def checks_exits(self, pass_number: int) -> bool:
-        return self.pays or pass_number % PROBE_EVERY == 0
+        return not self._resting or pass_number % PROBE_EVERY == 0
 
     @property
-    def pays(self) -> bool:
-        """Whether checking exits pays at the present load, where `adaptive` lets that matter."""
-        found = self.rule.outlook.yardstick
-        return not self.config.adaptive or found is None or found.optimal is None or found.optimal >= found.full
+    def _resting(self) -> bool:
+        """Whether exits are not checked for now, because that does not pay and `adaptive` lets it matter."""
+        return self.config.adaptive and self.rule.pays is False
 
     def choose(self, view: View) -> Choice | None:
         self.rule.tick(view.pass_number, view.decoding, view.context)
-        if not self.pays:
+        if self._resting:
             return super().choose(view)
         segments = len(view.live)
         # Every buffer may come due in the same pass, and each flush takes one.

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from drex.config import EngineConfig
 from drex.control.arena import ArenaRows
 from drex.control.cost import CostModel, Load
-from drex.control.deadlines import CHUNK_FLOOR, Deadlines, tightest_tpot
+from drex.control.deadlines import Deadlines, tightest_tpot
 from drex.control.decisions import evaluations, judge
 from drex.control.placement import Placement
 from drex.control.plan import Pass, PassResult, Span, Verdict
 from drex.control.policies import POLICIES, Choice, View
+from drex.control.selection import Selection, urgency
 from drex.control.slots import SlotLayout, SlotPool
 from drex.control.standing import Standing
 from drex.request import FinishReason, Request
@@ -30,6 +31,8 @@ from drex.request import FinishReason, Request
 
 class Scheduler:
     """Owns the requests and, through `standing` and `placement`, where they wait and what they hold.
+
+    The policy says which segment runs, the selection which rows; what they hold is claimed and placed here.
 
     Args:
         config: with `kv_cache_tokens` resolved.
@@ -51,6 +54,7 @@ class Scheduler:
         self.segments = len(layout.lengths)
         self.placement = Placement(layout, kv_fill, config.kv_cache_tokens, config.arena_rows)
         self.standing = Standing(self.segments)
+        self.selection = Selection(config, self.placement, self.standing, cost)
         self.policy = POLICIES[config.policy](config, cost, kv_fill)
         self.deadlines = Deadlines(config.max_slowdown)
         self.waiting: list[Request] = []
@@ -89,7 +93,7 @@ class Scheduler:
         assert request.request_id not in self._requests
         request.arrived_at = now
         self._requests[request.request_id] = request
-        bisect.insort(self.waiting, request, key=_urgency)
+        bisect.insort(self.waiting, request, key=urgency)
 
     def finish(self, request_id: str, reason: FinishReason) -> None:
         """End a request and free all it holds; if it is in an outstanding pass, as soon as that is committed."""
@@ -106,7 +110,7 @@ class Scheduler:
 
     def _drop(self, request: Request) -> None:
         """Take a running request off the machine."""
-        self.running.pop(bisect.bisect_left(self.running, _urgency(request), key=_urgency))
+        self.running.pop(bisect.bisect_left(self.running, urgency(request), key=urgency))
         self.decoding -= request.num_output > 0
         self.standing.leave(request)
         self.placement.close(request)
@@ -121,7 +125,7 @@ class Scheduler:
         request.frontiers = [0] * self.segments
         request.undecided.clear()
         request.waits_since = None
-        bisect.insort(self.waiting, request, key=_urgency)
+        bisect.insort(self.waiting, request, key=urgency)
         self.preemptions += 1
         return True
 
@@ -134,7 +138,7 @@ class Scheduler:
                 return
             self.waiting.pop(0)
             self.placement.open(request)
-            bisect.insort(self.running, request, key=_urgency)
+            bisect.insort(self.running, request, key=urgency)
             self.decoding += request.num_output > 0
             self.standing.enter(request, self.passes)
 
@@ -158,8 +162,8 @@ class Scheduler:
 
     def _choose(self, now: float) -> Choice | None:
         standing, self.view = self.standing, None
-        fit = self._ready_that_fit()
-        prompts = standing.urgent[0] and any(True for _ in self._fitting(standing.urgent[0].values(), 1, beside=fit))
+        fit = self.selection.ready_that_fit()
+        prompts = self.selection.prompt_fits(beside=fit)
         if not fit and not prompts and (standing.ready or standing.urgent[0]):
             # Rows for segment 0 are short of slots or arena rows: what is pending deeper makes room.
             for segment in range(self.segments - 1, 0, -1):
@@ -172,7 +176,7 @@ class Scheduler:
             pass_number=self.passes,
             now=now,
             ready=fit,
-            prompts=bool(prompts),
+            prompts=prompts,
             live=[len(buffer) for buffer in buffers],
             fills=[buffer.fills for buffer in buffers],
             urgent=[len(urgent) for urgent in standing.urgent],
@@ -184,89 +188,14 @@ class Scheduler:
         )
         return self.policy.choose(self.view)
 
-    def _ready_that_fit(self) -> int:
-        """Ready requests that a pass over segment 0 could take."""
-        count = len(self.standing.ready)
-        slots = (self.pool.capacity - self.pool.claimed) // self.placement.slots_per_token
-        rows = self.arena.free if self.segments > 1 else count
-        if count <= min(slots, rows, self.config.max_num_batched_tokens):
-            return count
-        return sum(1 for _ in self._fitting(self.standing.ready.values(), count))
-
-    def _fitting(self, requests: Iterable[Request], most: int, beside: int = 0) -> Iterator[tuple[Request, int]]:
-        """Requests and how many of their rows fit into a pass over segment 0, with `beside` rows in it already."""
-        budget = self.config.max_num_batched_tokens - beside
-        slots = self.pool.capacity - self.pool.claimed - beside * self.placement.slots_per_token
-        rows = (self.arena.free if self.segments > 1 else self.config.max_num_batched_tokens) - beside
-        per_token = self.placement.slots_per_token
-        for request in requests:
-            if budget <= 0 or rows <= 0 or most <= 0:
-                return
-            if request.frontiers[0] >= request.claimed_length:
-                if slots < per_token:
-                    continue
-                slots -= per_token
-            count = min(len(request.tokens) - request.frontiers[0], budget, rows)
-            yield request, count
-            budget -= count
-            rows -= count
-            most -= 1
-
     def _plan(self, choice: Choice, number: int, now: float) -> Pass:
         checking = choice.segment > 0 or self.policy.checks_exits(number)
-        chosen = list(self._deep(choice) if choice.segment else self._shallow(choice, now))
+        chosen = list(self.selection.pick(choice, self.running, now))
         decode = [count for request, count in chosen if request.stands_at is not None]
         self._outstanding[number] = Work(len(decode), sum(decode) - len(decode), len(chosen) - len(decode))
         spans = [self._span(request, choice.segment, count, checking) for request, count in chosen]
         assert spans
         return Pass(number, choice.segment, spans)
-
-    def _shallow(self, choice: Choice, now: float) -> Iterator[tuple[Request, int]]:
-        """Decode rows, those that are due first where not all go, then prompts and replays in chunks."""
-        ready: Iterable[Request] = self.standing.ready.values()
-        if choice.ready < len(self.standing.ready):
-            ready = sorted(ready, key=lambda request: (request.due, *_urgency(request)))
-        taken = 0
-        for request, count in self._fitting(ready, choice.ready):
-            taken += 1
-            yield request, count
-        prompts = self.standing.urgent[0]
-        if prompts:
-            chunk = self._chunk(taken, now)
-            for request, count in self._fitting(sorted(prompts.values(), key=_urgency), len(prompts), beside=taken):
-                if chunk <= 0:
-                    return
-                yield request, min(count, chunk)
-                chunk -= count
-
-    def _chunk(self, decode_rows: int, now: float) -> int:
-        """Prompt rows that a pass may have without making running requests late; at least a floor's worth."""
-        most = self.config.max_num_batched_tokens
-        slack = min([request.due for request in self.running], default=float("inf")) - now
-        if slack == float("inf"):
-            return most
-        while most > CHUNK_FLOOR:
-            load = [Load(decode_rows + most, decode_rows + 1, 0, decode_rows + 1)] * self.segments
-            if sum(self.cost.predict(segment, each) for segment, each in enumerate(load)) <= slack:
-                break
-            most //= 2
-        return most
-
-    def _deep(self, choice: Choice) -> Iterator[tuple[Request, int]]:
-        """Buffered rows by age, then prompts, each with the fills they owe; then those that only owe fills."""
-        segment = choice.segment
-        order = [*self.standing.buffers[segment].oldest_first(), *self.standing.urgent[segment].values()]
-        if choice.fills:
-            known = {request.request_id for request in order}
-            idle = [r for r in self.running if not r.in_pass and r.request_id not in known and r.pending(segment)]
-            order.extend(sorted(idle, key=lambda request: -request.pending(segment)))
-        budget = self.config.max_num_batched_tokens
-        for request in order:
-            if budget == 0:
-                return
-            count = min(request.pending(segment), budget)
-            yield request, count
-            budget -= count
 
     def _span(self, request: Request, segment: int, count: int, checking: bool) -> Span:
         self.standing.leave(request)
@@ -389,7 +318,3 @@ class Work:
     fills: int
     prompts: int
     decided: int = 0
-
-
-def _urgency(request: Request) -> tuple[int, int]:
-    return request.priority, request.arrival

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from drex.control.cost import Load
 from drex.control.plan import Pass, PassResult
@@ -18,6 +19,7 @@ from drex.request import FinishReason, Request, TokenRecord
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 Emitted = tuple[str, Chunk, CompletionOutput | None]
 """Request id, what is new, and the whole sample once it is finished."""
 
@@ -64,6 +66,7 @@ class Engine:
         self.stats = EngineStats()
         self.metrics = Metrics()
         self.history: list[PassRecord] | None = None
+        self._said = False
         self._samples: dict[str, _Sample] = {}
         self._layers = list(accumulate(scheduler.layout.lengths))
 
@@ -127,7 +130,52 @@ class Engine:
         self.stats.peak_slots = max(self.stats.peak_slots, scheduler.pool.in_use)
         self.stats.executor_seconds += executed - planned
         self.stats.own_seconds += planned - started + ended - executed
+        self._say_if_it_does_not_pay()
         return out
+
+    def _say_if_it_does_not_pay(self) -> None:
+        rule = self.scheduler.policy.rule
+        if rule.pays is False and not self._said:
+            self._said = True
+            found = rule.outlook.yardstick
+            assert found is not None
+            log.warning(
+                "early exit does not pay here: %.1f tokens/s at best against %.1f at full depth, with %d decoding; "
+                "`drex advise` says more, adaptive=True stops checking while this is so",
+                found.optimal,
+                found.full,
+                found.in_flight,
+            )
+
+    def report(self) -> dict[str, Any]:
+        """Everything that is measured, for people and for metrics: times, exits, rates, costs, slots.
+
+        Rates are tokens a second while decoding: `achieved` a moving average; `theta_star`, `ideal` and `full` solved
+        for about the present load, None until then.
+        """
+        scheduler, metrics = self.scheduler, self.metrics
+        rule, found = scheduler.policy.rule, scheduler.policy.rule.outlook.yardstick
+        return {
+            **metrics.summary(),
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "buffered": [len(buffer) for buffer in scheduler.standing.buffers[1:]],
+            "achieved": rule.achieved,
+            "theta_star": found.optimal if found else None,
+            "ideal": found.ideal if found else None,
+            "full": found.full if found else None,
+            "exit_rates": rule.rates.all(),
+            "exits": {self._layers[depth - 1]: count for depth, count in sorted(metrics.exits.items())},
+            "involuntary_exits": metrics.involuntary_exits,
+            "involuntary_stays": metrics.involuntary_stays,
+            "unchecked": scheduler.unchecked,
+            "late": scheduler.deadlines.late,
+            "infeasible": scheduler.deadlines.infeasible,
+            "preemptions": scheduler.preemptions,
+            "cost_error": scheduler.cost.error_quantiles(),
+            "slots_in_use": scheduler.pool.in_use,
+            "slots": scheduler.pool.capacity,
+        }
 
     def _record(self, batch: Pass, started: float, seconds: float) -> PassRecord:
         view, work = self.scheduler.view, self.scheduler.work(batch)
