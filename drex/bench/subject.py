@@ -98,7 +98,8 @@ def trained(model: str | Path | None, early_exit: EarlyExit | None, dtype: str, 
     loaded = load_model(inspect_model(model, early_exit, dtype, "auto"))
     if not loaded.exits.exits:
         raise ValueError("the model has no exit points to benchmark: name them, as in --exits 8 --thresholds 0.8")
-    return Subject(loaded.folder.name, TRAINED, loaded, config)
+    length = min(config.max_model_len, loaded.decoder.spec.max_length)
+    return Subject(loaded.folder.name, TRAINED, loaded, replace(config, max_model_len=length))
 
 
 def synthetic(

@@ -122,21 +122,24 @@ def _workloads(
     from drex.request import SamplingParams
     from drex.sim.workload import draw_jobs, read_trace
 
-    longest = subject.config.max_model_len
+    whole = subject.config.max_model_len
+    longest = whole - output_tokens
+    if longest < 1:
+        raise ValueError(f"--output-tokens {output_tokens}: the model takes {whole} tokens, prompt and output together")
     if prompts is not None:
-        texts = [ids[:LONGEST_PROMPT] for ids in read_prompts(prompts, subject)]
+        texts = [ids[:longest] for ids in read_prompts(prompts, subject)]
     elif subject.label == SYNTHETIC:
-        texts = random_prompts(subject.model.decoder.spec.vocab_size, 256, LONGEST_PROMPT, seed)
+        texts = random_prompts(subject.model.decoder.spec.vocab_size, 256, longest, seed)
     else:
-        texts = held_out_prompts(subject, LONGEST_PROMPT)
+        texts = held_out_prompts(subject, longest)
     params = SamplingParams(temperature=0.0, ignore_eos=True, tpot_ms=tpot_ms)
 
     def make(count: int) -> Workload:
         if trace is not None:
-            jobs = read_trace(trace, scale=trace_scale, longest=longest, speed=trace_speed)[: requests or 64]
+            jobs = read_trace(trace, scale=trace_scale, longest=whole, speed=trace_speed)[: requests or 64]
         else:
             wanted = requests or max(8, 4 * count)
-            jobs = draw_jobs(wanted, (16, LONGEST_PROMPT), (output_tokens, output_tokens), rate=rate, seed=seed)
+            jobs = draw_jobs(wanted, (min(16, longest), longest), (output_tokens, output_tokens), rate=rate, seed=seed)
         return Workload(texts, jobs, params, "closed" if rate is None and trace is None else "open")
 
     return make
