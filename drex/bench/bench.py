@@ -106,7 +106,8 @@ def run(
     for count in in_flight:
         work = workload(count)
         described = described or work.describe()
-        cells = [Cell(policy, count, subject.engine(policy, count, adaptive=adaptive)) for policy in policies]
+        closed = work.kind == "closed"
+        cells = [Cell(policy, count, subject.engine(policy, count, adaptive=adaptive), closed) for policy in policies]
         for cell in cells:
             cell.warm_up(work.requests(subject, cell.engine, -1)[: 2 * count])
         take_turns(cells, lambda cell, w=work: w.requests(subject, cell.engine, len(cell.speeds)), repeats, told)  # type: ignore[misc]
@@ -156,7 +157,7 @@ def _loss(engine: Engine, cell: Cell) -> float:
         request = Request(f"score/{number}", text, params, rule, 0, frozenset(), 1, arrival=number, score_rule=rule)
         requests.append((len(prompt), request))
     history, metrics = engine.history, engine.metrics
-    serve(engine, [(0.0, request) for _, request in requests])
+    serve(engine, [(0.0, request) for _, request in requests], closed=True)
     engine.history, engine.metrics = history, metrics
     found = [
         -request.prompt_records[position].logprob

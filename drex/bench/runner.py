@@ -34,6 +34,7 @@ class Cell:
     """One policy at one count of requests in flight, over all repetitions.
 
     Attributes:
+        closed: whether requests come as others end, or at times of their own.
         engine: idle between repetitions; its cost model goes on learning.
         speeds: output tokens a second, prompts included in the time, one a repetition.
         history: passes of all repetitions.
@@ -43,6 +44,7 @@ class Cell:
     policy: str
     in_flight: int
     engine: Engine
+    closed: bool = True
     speeds: list[float] = field(default_factory=list)
     seconds: float = 0.0
     history: list[PassRecord] = field(default_factory=list)
@@ -55,7 +57,7 @@ class Cell:
 
     def warm_up(self, arrivals: Arrivals) -> None:
         """A run that counts for nothing but what the cost model and the exit rates learn."""
-        serve(self.engine, arrivals)
+        serve(self.engine, arrivals, closed=True)
         self.engine.metrics, self.engine.stats = Metrics(), EngineStats()
 
     def run(self, arrivals: Arrivals) -> None:
@@ -71,7 +73,7 @@ class Cell:
 
         self.engine.history = []
         before, started = self.metrics.tokens, self.engine.executor.now()
-        serve(self.engine, arrivals, each)
+        serve(self.engine, arrivals, each, closed=self.closed)
         seconds = self.engine.executor.now() - started
         self.speeds.append((self.metrics.tokens - before) / seconds)
         self.seconds += seconds

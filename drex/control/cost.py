@@ -113,6 +113,11 @@ class SegmentCost:
         out = float(self.rows.at(rows)) + float(self.head.at(evaluations))
         return out + self.span * further + self.entry * entries + self.kv_row * kv_rows
 
+    def live_seconds(self, live: FloatArray, context: float) -> FloatArray:
+        """What live rows add to a pass, one a request: K/V that is read, and the head."""
+        out: FloatArray = self.span * np.maximum(0.0, live - 1) + self.entry * live * context + self.head.at(live)
+        return out
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -223,7 +228,7 @@ class CostModel:
         rows, spans, entries, evaluations, kv_rows = (np.float64(value) for value in load)
         cost = self.profile.segments[segment]
         base = cost.seconds(rows, spans, entries, evaluations, kv_rows)
-        return max(base, 1e-9) * math.exp(self._correction(segment, load.rows + load.kv_rows))
+        return max(float(base), 1e-9) * math.exp(self._correction(segment, load.rows + load.kv_rows))
 
     def decode(self, segment: int, live: FloatArray, fills: FloatArray, context: float, *, runs: bool) -> FloatArray:
         """Seconds of passes over live rows and the fills that they owe, with the head at the end on each live row.
@@ -236,30 +241,28 @@ class CostModel:
             runs: fill rows run in full (`recompute`); otherwise they only write K/V.
         """
         cost = self.profile.segments[segment]
-        if runs:
-            return self.row_seconds(segment, live + fills) + self.live_seconds(segment, live, context)
-        seconds = self.row_seconds(segment, live) + self.live_seconds(segment, live, context)
-        return seconds + cost.kv_row * fills * self._factors(segment, live)
+        total = live + fills
+        seconds = cost.rows.at(total if runs else live) + cost.live_seconds(live, context)
+        if not runs:
+            seconds = seconds + cost.kv_row * fills
+        return seconds * self.factors(segment, total)
 
-    def row_seconds(self, segment: int, rows: FloatArray) -> FloatArray:
-        """The share of a pass's seconds that depends on its rows alone, whosever they are."""
-        return self.profile.segments[segment].rows.at(rows) * self._factors(segment, rows)
-
-    def live_seconds(self, segment: int, live: FloatArray, context: float) -> FloatArray:
-        """The share of a pass's seconds that its live rows add, one a request: K/V that is read, and the head."""
-        cost = self.profile.segments[segment]
-        each = cost.span * np.maximum(0.0, live - 1) + cost.entry * live * context + cost.head.at(live)
-        return each * self._factors(segment, live)
-
-    def _factors(self, segment: int, rows: FloatArray) -> FloatArray:
-        """Corrections of passes by their rows."""
+    def factors(self, segment: int, rows: FloatArray) -> FloatArray:
+        """Corrections of passes by all their rows, those that only write K/V included."""
         known = self._corrections[segment]
         if not known:
             return np.ones_like(rows)
-        sizes = sorted(known)
-        logs = np.interp(np.log2(np.maximum(1.0, rows)), sizes, [known[size] for size in sizes])
-        out: FloatArray = np.exp(logs)
+        sizes = np.array(sorted(known))
+        wanted = np.round(np.log2(np.maximum(1.0, rows)))
+        # Nearest, the smaller of two as near.
+        nearest = sizes[np.abs(wanted[..., None] - sizes).argmin(-1)]
+        out: FloatArray = np.exp(np.vectorize(known.__getitem__, otypes=[np.float64])(nearest))
         return out
+
+    def head_seconds(self, segment: int, rows: float) -> float:
+        """Evaluations of the head at a segment's end."""
+        counts = np.array([rows])
+        return float((self.profile.segments[segment].head.at(counts) * self.factors(segment, counts))[0])
 
     def full_depth(self, rows: FloatArray, context: float) -> FloatArray:
         """Seconds in which all layers and the final head, no exit head, take `rows` requests one token further."""
@@ -267,7 +270,7 @@ class CostModel:
         for segment, cost in enumerate(self.profile.segments):
             total = total + self.decode(segment, rows, np.zeros_like(rows), context, runs=True)
             if segment < self.segments - 1:
-                total = total - cost.head.at(rows) * self._factors(segment, rows)
+                total = total - cost.head.at(rows) * self.factors(segment, rows)
         return total
 
     def observe(self, segment: int, load: Load, seconds: float) -> None:
@@ -275,10 +278,8 @@ class CostModel:
         predicted = self.predict(segment, load)
         self._errors.append(abs(predicted - seconds) / seconds if seconds > 0 else 0.0)
         off = min(CLIP, max(-CLIP, math.log(max(seconds, 1e-9) / predicted)))
-        rows = load.rows + load.kv_rows
-        size = _size(rows)
-        known = self._corrections[segment]
-        known[size] = (known[size] if size in known else self._correction(segment, rows)) + ADAPTATION * off
+        size, known = _size(load.rows + load.kv_rows), self._corrections[segment]
+        known[size] = self._correction(segment, load.rows + load.kv_rows) + ADAPTATION * off
 
     def fit(self, passes: Iterable[tuple[int, Load, float]]) -> None:
         """Correct to the medians of passes that were run: (segment, load, seconds)."""
@@ -297,13 +298,11 @@ class CostModel:
         return {"p50": float(p50), "p90": float(p90)}
 
     def _correction(self, segment: int, rows: int) -> float:
-        """Logarithm of the factor on a prediction: of this size of pass, or of the nearest sizes known."""
-        known = self._corrections[segment]
-        if not known:
-            return 0.0
-        size = math.log2(max(1, rows))
-        sizes = sorted(known)
-        return float(np.interp(size, sizes, [known[s] for s in sizes]))
+        """Logarithm of the factor on a prediction: of this size of pass, or of the nearest one known."""
+        known, size = self._corrections[segment], _size(rows)
+        if size in known or not known:
+            return known.get(size, 0.0)
+        return known[min(sorted(known), key=lambda other: abs(other - size))]
 
 
 def _size(rows: int) -> int:

@@ -26,7 +26,7 @@ from drex.control.outlook import Outlook
 
 PRIOR_RATE, PRIOR_WEIGHT = 0.5, 8.0
 """Before anything was seen, as if this share of so many rows had exited."""
-MEMORY = 2000.0
+MEMORY = 500.0
 """Rows over which exit rates are remembered: older ones fade by a factor e each so many."""
 REFRESH = 16
 """Passes between refreshes of the tables that decisions are read from."""
@@ -127,21 +127,23 @@ class FlushRule:
         self.outlook.tick(pass_number, decoding, self.rates.all(), context)
 
     def _refresh(self) -> None:
-        counts, context, segments = self.counts, self._context, range(self.cost.segments)
+        counts, context, costs = self.counts, self._context, self.cost.profile.segments
         self._exits = self.rates.all()
         self._full = self.cost.full_depth(counts, context)
-        self._rows = [self.cost.row_seconds(segment, counts) for segment in segments]
-        self._live = [self.cost.live_seconds(segment, counts, context) for segment in segments]
+        self._rows = [cost.rows.at(counts) for cost in costs]
+        self._live = [cost.live_seconds(counts, context) for cost in costs]
+        self._factors = [self.cost.factors(segment, counts) for segment in range(len(costs))]
 
     def seconds(self, segment: int, live: FloatArray | float, fills: FloatArray | float) -> FloatArray:
         """Passes over live rows and the fills that they owe, as of the last refresh; numbers or arrays."""
-        out: FloatArray = np.asarray(np.interp(live, self.counts, self._live[segment]))
-        if self.kv_fill == "recompute":
-            return np.asarray(out + np.interp(np.add(live, fills), self.counts, self._rows[segment]))
-        out = np.asarray(out + np.interp(live, self.counts, self._rows[segment]))
+        if self.kv_fill in ("alias", "mask"):
+            fills = 0.0
+        counts, total = self.counts, np.add(live, fills)
+        run = total if self.kv_fill == "recompute" else live
+        out = np.interp(run, counts, self._rows[segment]) + np.interp(live, counts, self._live[segment])
         if self.kv_fill == "project":
-            return np.asarray(out + self.cost.profile.segments[segment].kv_row * np.asarray(fills))
-        return out
+            out = out + self.cost.profile.segments[segment].kv_row * np.asarray(fills)
+        return np.asarray(out * np.interp(total, counts, self._factors[segment]))
 
     def seconds_ahead(self, segment: int, live: Sequence[int], fills: Sequence[int]) -> float:
         """What a row has ahead of it from a segment on, if it goes through with all that wait on the way."""
@@ -150,10 +152,6 @@ class FlushRule:
             rows += live[deeper]
             total += float(self.seconds(deeper, max(1.0, rows), float(fills[deeper])))
         return total
-
-    def head_seconds(self, segment: int, rows: float) -> float:
-        """An exit check of so many rows, about."""
-        return float(self.cost.profile.segments[segment].head.at(np.float64(rows)))
 
     def full_step(self, decoding: int) -> float:
         """What a token takes at full depth with so many decoding, as of the last refresh."""
@@ -186,8 +184,13 @@ class FlushRule:
         live = rows
         for deeper in range(segment + 1, len(waiting.live)):
             live = live * (1.0 - self._exits[deeper - 1])
+            held, owed = float(waiting.live[deeper]), float(waiting.fills[deeper])
+            if not held and any(waiting.live[deeper + 1 :]):
+                # Nobody else needs that pass: it is charged whole.
+                seconds = seconds + self.seconds(deeper, live, owed + fills + rows - live)
+                continue
             # That flush happens anyway: its first row, which pays the fixed cost, is not charged.
-            base, owed = max(1.0, float(waiting.live[deeper])), float(waiting.fills[deeper])
+            base = max(1.0, held)
             more = self.seconds(deeper, base + live, owed + fills + rows - live) - self.seconds(deeper, base, owed)
             seconds = seconds + more
         return rows - self.earning * seconds

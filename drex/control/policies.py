@@ -79,8 +79,8 @@ class Split:
         self.rates = ExitRates(cost.segments - 1)
         self.rule = FlushRule(cost, self.rates, kv_fill, 2 * config.max_num_seqs + config.max_fill_rows)
 
-    def checks_exits(self, pass_number: int) -> bool:
-        """Whether a pass evaluates exit heads at all."""
+    def checks_exits(self) -> bool:
+        """Whether a pass over segment 0 evaluates exit heads at all; asked once for each."""
         return True
 
     def choose(self, view: View) -> Choice | None:
@@ -98,8 +98,13 @@ class Split:
 class Drex(Split):
     """Rebatch by the marginal-rate rule; flush what is due by age or deadline, and with whatever must run anyway."""
 
-    def checks_exits(self, pass_number: int) -> bool:
-        return not self._resting or pass_number % PROBE_EVERY == 0
+    def __init__(self, config: EngineConfig, cost: CostModel, kv_fill: str) -> None:
+        super().__init__(config, cost, kv_fill)
+        self._asked = 0
+
+    def checks_exits(self) -> bool:
+        self._asked += 1
+        return not self._resting or self._asked % PROBE_EVERY == 0
 
     @property
     def _resting(self) -> bool:
@@ -126,11 +131,24 @@ class Drex(Split):
         return None if chosen is None else Choice(*chosen)
 
     def _late_next(self, view: View, segment: int) -> bool:
-        """Whether the buffer's first due token would be late if one more pass over segment 0 came before its flush."""
-        if view.due[segment] == math.inf:
+        """Whether the buffer's first due token could be late if another pass came before its flush.
+
+        That pass may be the one over segment 0 or a flush of a shallower buffer; all its rows could join this one.
+        Deeper buffers that are due as well go first.
+        """
+        due = view.due[segment]
+        if due == math.inf:
             return False
-        ahead = self.rule.seconds_ahead(segment, view.live, view.fills)
-        return view.now + ahead + float(self.rule.seconds(0, max(1, view.ready), 0.0)) > view.due[segment]
+        held = [s for s in range(1, len(view.live)) if s != segment and view.live[s]]
+        flushes = {s: float(self.rule.seconds(s, view.live[s], view.owed[s])) for s in held}
+        first = sum(seconds for s, seconds in flushes.items() if s > segment)
+        between = [seconds for s, seconds in flushes.items() if s < segment]
+        joined = list(view.live)
+        if view.ready:
+            between.append(float(self.rule.seconds(0, view.ready, 0.0)))
+        joined[segment] += view.ready + sum(view.live[:segment])
+        ahead = self.rule.seconds_ahead(segment, joined, view.owed)
+        return view.now + first + max(between, default=0.0) + ahead > due
 
 
 class Consensus(Split):
@@ -198,7 +216,7 @@ class Art(Split):
         shallow = float(self.rule.seconds(segment, rows, 0.0))
         deep = sum(float(self.rule.seconds(s, rows, 0.0)) for s in deeper)
         # A full pass is one over all layers from here on, without the exit head.
-        whole = shallow + deep - self.rule.head_seconds(segment, rows)
+        whole = shallow + deep - self.rule.cost.head_seconds(segment, rows)
         if sum(confident) > (shallow + deep - whole) / deep * rows:
             return confident
         self._go_on.add(segment + 1)

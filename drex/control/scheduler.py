@@ -189,7 +189,7 @@ class Scheduler:
         return self.policy.choose(self.view)
 
     def _plan(self, choice: Choice, number: int, now: float) -> Pass:
-        checking = choice.segment > 0 or self.policy.checks_exits(number)
+        checking = choice.segment > 0 or self.policy.checks_exits()
         chosen = list(self.selection.pick(choice, self.running, now))
         decode = [count for request, count in chosen if request.stands_at is not None]
         self._outstanding[number] = Work(len(decode), sum(decode) - len(decode), len(chosen) - len(decode))

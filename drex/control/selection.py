@@ -101,7 +101,7 @@ class Selection:
             load = [Load(decode_rows + most, decode_rows + 1, 0, decode_rows + 1)] * self.placement.segments
             if sum(self.cost.predict(segment, each) for segment, each in enumerate(load)) <= slack:
                 break
-            most //= 2
+            most = max(CHUNK_FLOOR, most // 2)
         return most
 
     def _deep(self, choice: Choice, running: Iterable[Request]) -> Picked:

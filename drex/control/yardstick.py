@@ -22,7 +22,10 @@ MOST_EXACT_TWO = 64
 TAIL = 7.0
 """Standard deviations of the number of owed fills that are summed over."""
 ROUNDS = 50
-NEARLY_ALL = 1 - 1e-6
+FEWEST, NEARLY_ALL = 1e-9, 1 - 1e-9
+"""Exit rates are taken to lie between these: at 0 and 1 some states lead nowhere."""
+MOST_FILLS = 8192
+"""Owed fills are counted up to here: an engine bounds them anyway."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def solve_two_exits(exit_rates: Sequence[float], shallow: FloatArray, middle: Fl
         shallow, middle, deep: mean times of passes over segments 0, 1, 2, by live rows, fills included; (N + 1,).
     """
     count = len(shallow) - 1
+    exit_rates = [min(max(rate, FEWEST), NEARLY_ALL) for rate in exit_rates]
     states = [(i, j) for i in range(count + 1) for j in range(count + 1 - i)]
     number = {state: n for n, state in enumerate(states)}
     first, second = (_binomials(count, 1.0 - rate) for rate in exit_rates)
@@ -272,6 +276,9 @@ def _owed(requests: float, rate: float) -> tuple[FloatArray, FloatArray]:
     mean = requests * rate / (1 - rate)
     spread = (mean / (1 - rate)) ** 0.5
     low, high = max(0, int(mean - TAIL * spread)), int(mean + (TAIL + 3) * spread) + 3
+    if low >= MOST_FILLS:
+        return np.array([float(MOST_FILLS)]), np.ones(1)
+    high = min(high, MOST_FILLS)
     steps = np.arange(1, high + 1)
     logs = np.concatenate(([0.0], np.cumsum(np.log(rate * (steps + requests - 1) / steps))))[low:]
     weights = np.exp(logs - logs.max())

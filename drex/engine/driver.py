@@ -9,28 +9,32 @@ from drex.request import Request
 
 
 def serve(
-    engine: Engine, arrivals: Iterable[tuple[float, Request]], each: Callable[[Emitted], None] | None = None
+    engine: Engine,
+    arrivals: Iterable[tuple[float, Request]],
+    each: Callable[[Emitted], None] | None = None,
+    *,
+    closed: bool = False,
 ) -> None:
     """Serve requests to the end.
 
     Args:
         engine: that is idle.
-        arrivals: (seconds from now, request), in order of time. Those at zero come as in a closed loop: as many at a
-            time as the engine has seats, the next one when one is done.
+        arrivals: (seconds from now, request), in order of time.
         each: called with everything that is emitted.
+        closed: times don't matter: as many requests come as the engine has seats, the next one when one is done.
     """
-    start = engine.executor.now()
-    seats = engine.scheduler.config.max_num_seqs
+    executor, seats = engine.executor, engine.scheduler.config.max_num_seqs
+    start = executor.now()
     coming = iter(arrivals)
     upcoming = next(coming, None)
     while upcoming is not None or engine.busy:
-        now = engine.executor.now() - start
-        # A request that comes at a time of its own is never held back: its clock runs from then on.
-        while upcoming is not None and upcoming[0] <= now and (upcoming[0] or engine.unfinished < seats):
-            engine.add(upcoming[1])
+        now = executor.now()
+        while upcoming is not None and (engine.unfinished < seats if closed else start + upcoming[0] <= now):
+            # A request's clock runs from when it came, which may have been in the middle of the last pass.
+            engine.add(upcoming[1], arrived=now if closed else start + upcoming[0])
             upcoming = next(coming, None)
         if not engine.busy and upcoming is not None:
-            engine.executor.wait_until(start + upcoming[0])
+            executor.wait_until(start + upcoming[0])
             continue
         for emitted in engine.step():
             if each is not None:

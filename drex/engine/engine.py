@@ -70,10 +70,14 @@ class Engine:
         self._samples: dict[str, _Sample] = {}
         self._layers = list(accumulate(scheduler.layout.lengths))
 
-    def add(self, request: Request) -> None:
-        """Take in a request. Raises ValueError if it could never be served."""
+    def add(self, request: Request, arrived: float | None = None) -> None:
+        """Take in a request, which came at a time of the executor's (None: now).
+
+        Raises:
+            ValueError: it could never be served.
+        """
         params = request.params
-        self.scheduler.add(request, self.executor.now())
+        self.scheduler.add(request, self.executor.now() if arrived is None else arrived)
         self._samples[request.request_id] = _Sample(
             request,
             Detokenizer(

@@ -73,7 +73,7 @@ def run(scenario: Scenario, policies: Sequence[str], jobs: Sequence[Job], config
     cells = []
     for policy in policies:
         engine = scenario.engine(policy, replace(config, policy=policy), len(jobs))
-        cell = Cell(policy, config.max_num_seqs, engine)
+        cell = Cell(policy, config.max_num_seqs, engine, closed=not any(job.arrival for job in jobs))
         cell.run(scenario.requests(jobs, engine.scheduler.segments))
         cells.append(cell)
     return {

@@ -9,7 +9,7 @@ import csv
 import json
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +74,31 @@ def read_trace(path: str | Path, *, scale: float = 1.0, longest: int | None = No
             rows: list[dict[str, Any]] = (
                 list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file]
             )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read as a trace ({error}): give CSV or JSONL") from error
-    if not rows:
-        raise ValueError(f"{path} has no requests")
-    arrival, prompt_name, output_name = (_column(rows[0], what) for what in ("arrival", "prompt", "output"))
-    if prompt_name is None or output_name is None:
-        known = ", ".join(name for what in ("prompt", "output") for name in FIELDS[what])
-        raise ValueError(f"{path} has none of the columns {known}")
-    unit = 1e-3 if arrival == "timestamp" else 1.0
-    jobs = []
-    for row in rows:
-        prompt, output = (max(1, round(float(row[name]) * scale)) for name in (prompt_name, output_name))
-        if longest is not None and prompt + output > longest:
-            share = longest / (prompt + output)
-            prompt, output = max(1, math.floor(prompt * share)), max(1, math.floor(output * share))
-        jobs.append(Job(prompt, output, float(row[arrival]) * unit / speed if arrival else 0.0))
-    return sorted(jobs, key=lambda job: job.arrival)
+        if not rows:
+            raise ValueError("it has no requests")
+        arrival, prompt_name, output_name = (_column(rows[0], what) for what in FIELDS)
+        if prompt_name is None or output_name is None:
+            known = ", ".join(name for what in ("prompt", "output") for name in FIELDS[what])
+            raise ValueError(f"it has none of the columns {known}")
+        unit = (1e-3 if arrival == "timestamp" else 1.0) / speed
+        jobs = [_job(*(float(row[name]) * scale for name in (prompt_name, output_name)), longest) for row in rows]
+        times = [float(row[arrival]) * unit if arrival else 0.0 for row in rows]
+        if not all(math.isfinite(time) and time >= 0 for time in times):
+            raise ValueError("a time of arrival is no number from 0 on")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, csv.Error) as error:
+        raise ValueError(
+            f"{path} can't be read as a trace: {error}; give CSV or JSONL with one request a row"
+        ) from error
+    return sorted((replace(job, arrival=time) for job, time in zip(jobs, times, strict=True)), key=lambda j: j.arrival)
+
+
+def _job(prompt: float, output: float, longest: int | None) -> Job:
+    """Lengths of at least a token, cut in proportion to what may be longest."""
+    lengths = max(1, round(prompt)), max(1, round(output))
+    if longest is not None and sum(lengths) > longest:
+        share = longest / sum(lengths)
+        lengths = max(1, math.floor(lengths[0] * share)), max(1, math.floor(lengths[1] * share))
+    return Job(*lengths)
 
 
 def _column(row: dict[str, Any], what: str) -> str | None:

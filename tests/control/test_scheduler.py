@@ -2,93 +2,15 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
-
 import pytest
+from helpers import Machine, drain, make_scheduler, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drex.config import POLICIES, EngineConfig, ExitRule
-from drex.control.buffer import since
-from drex.control.cost import CostModel, Load, nominal
-from drex.control.plan import Evaluation, Pass, PassResult, Verdict
-from drex.control.scheduler import Scheduler
+from drex.config import POLICIES, EngineConfig
+from drex.control.plan import PassResult
 from drex.control.slots import SlotLayout
-from drex.request import FinishReason, Request, SamplingParams
-
-
-def request(number: int, prompt: int, max_tokens: int, segments: int, priority: int = 0) -> Request:
-    rule = ExitRule("max_prob", (0.5,) * (segments - 1))
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, priority=priority)
-    return Request(
-        f"r{number}",
-        tuple(range(2, 2 + prompt)),
-        params,
-        rule,
-        0,
-        frozenset(),
-        segments,
-        arrival=number,
-    )
-
-
-def make_scheduler(config: EngineConfig, layout: SlotLayout, fill: str) -> Scheduler:
-    return Scheduler(config, layout, fill, CostModel(nominal(layout.lengths)))
-
-
-@dataclass
-class Machine:
-    """Answers passes: each check exits with a probability that is a function of request position and segment only.
-
-    Its clock goes by the nominal costs.
-    """
-
-    exit_rate: float
-    now: float = 0.0
-
-    def run(self, scheduler: Scheduler) -> Pass | None:
-        """Plan, execute and commit one pass; None where there was none to run."""
-        batch = scheduler.next(self.now)
-        if batch is not None:
-            self.finish(scheduler, batch)
-        return batch
-
-    def finish(self, scheduler: Scheduler, batch: Pass, result: PassResult | None = None) -> list[Request]:
-        seconds = CostModel(nominal(scheduler.layout.lengths)).predict(batch.segment, Load.of(batch))
-        self.now += seconds
-        touched = scheduler.commit(batch, result or self.execute(batch), self.now)
-        scheduler.took(batch, seconds)
-        return touched
-
-    def execute(self, batch: Pass) -> PassResult:
-        return PassResult(
-            tuple(
-                tuple(self.verdict(span.request_id, batch.segment, e) for e in span.evaluations) for span in batch.spans
-            )
-        )
-
-    def verdict(self, name: str, segment: int, evaluation: Evaluation) -> Verdict:
-        drawn = random.Random(f"{name}/{evaluation.position}/{segment}").random()
-        exits = evaluation.threshold is not None and drawn < self.exit_rate
-        confidence = 0.75 if exits else 0.25
-        return Verdict(5, -1.0, confidence, exits, (5, 1), ())
-
-
-def drain(scheduler: Scheduler, machine: Machine) -> dict[str, int]:
-    """Run until nothing is left. Returns the longest wait of a buffered row, in passes, by request."""
-    waits: dict[str, int] = {}
-    for _ in range(100_000):
-        batch = scheduler.next(machine.now)
-        if batch is None:
-            return waits
-        for segment, buffer in enumerate(scheduler.standing.buffers):
-            for each in buffer:
-                waits[each.request_id] = max(waits.get(each.request_id, 0), batch.number - since(each))
-            assert segment or not len(buffer)
-        machine.finish(scheduler, batch)
-        scheduler.check_integrity()
-    raise AssertionError("the scheduler does not come to an end")
+from drex.request import FinishReason
 
 
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)

@@ -1,0 +1,128 @@
+"""Requests, a machine and costs, all made up. No torch in this folder."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from drex.config import EngineConfig, ExitRule
+from drex.control.buffer import since
+from drex.control.cost import CostModel, Curve, Load, Profile, SegmentCost, nominal
+from drex.control.plan import Evaluation, Pass, PassResult, Verdict
+from drex.control.scheduler import Scheduler
+from drex.control.slots import SlotLayout
+from drex.request import Request, SamplingParams
+
+COUNTS = tuple(float(2**k) for k in range(13))
+
+
+def request(
+    number: int, prompt: int, max_tokens: int, segments: int, priority: int = 0, **targets: float | None
+) -> Request:
+    """A request whose rows exit at confidence 0.5; targets are those of SamplingParams, in milliseconds."""
+    rule = ExitRule("max_prob", (0.5,) * (segments - 1))
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, priority=priority, **targets)
+    return Request(
+        f"r{number}",
+        tuple(range(2, 2 + prompt)),
+        params,
+        rule,
+        0,
+        frozenset(),
+        segments,
+        arrival=number,
+    )
+
+
+def make_scheduler(config: EngineConfig, layout: SlotLayout, fill: str, profile: Profile | None = None) -> Scheduler:
+    return Scheduler(config, layout, fill, CostModel(profile or nominal(layout.lengths)))
+
+
+@dataclass
+class Machine:
+    """Answers passes: each check exits with a probability that is a function of request position and segment only.
+
+    Its clock goes by `profile`, or by the nominal costs.
+    """
+
+    exit_rate: float
+    now: float = 0.0
+    profile: Profile | None = None
+
+    def run(self, scheduler: Scheduler) -> Pass | None:
+        """Plan, execute and commit one pass; None where there was none to run."""
+        batch = scheduler.next(self.now)
+        if batch is not None:
+            self.finish(scheduler, batch)
+        return batch
+
+    def finish(self, scheduler: Scheduler, batch: Pass, result: PassResult | None = None) -> list[Request]:
+        seconds = CostModel(self.profile or nominal(scheduler.layout.lengths)).predict(batch.segment, Load.of(batch))
+        self.now += seconds
+        touched = scheduler.commit(batch, result or self.execute(batch), self.now)
+        scheduler.took(batch, seconds)
+        return touched
+
+    def execute(self, batch: Pass) -> PassResult:
+        return PassResult(
+            tuple(
+                tuple(self.verdict(span.request_id, batch.segment, e) for e in span.evaluations) for span in batch.spans
+            )
+        )
+
+    def verdict(self, name: str, segment: int, evaluation: Evaluation) -> Verdict:
+        drawn = random.Random(f"{name}/{evaluation.position}/{segment}").random()
+        exits = evaluation.threshold is not None and drawn < self.exit_rate
+        confidence = 0.75 if exits else 0.25
+        return Verdict(5, -1.0, confidence, exits, (5, 1), ())
+
+
+def drain(scheduler: Scheduler, machine: Machine) -> dict[str, int]:
+    """Run until nothing is left. Returns the longest wait of a buffered row, in passes, by request."""
+    waits: dict[str, int] = {}
+    for _ in range(100_000):
+        batch = scheduler.next(machine.now)
+        if batch is None:
+            return waits
+        for segment, buffer in enumerate(scheduler.standing.buffers):
+            for each in buffer:
+                waits[each.request_id] = max(waits.get(each.request_id, 0), batch.number - since(each))
+            assert segment or not len(buffer)
+        machine.finish(scheduler, batch)
+        scheduler.check_integrity()
+    raise AssertionError("the scheduler does not come to an end")
+
+
+# Shapes of costs. `layers` scales a segment; its head is left as it is.
+
+
+def weight_bound(layers: float = 1.0) -> SegmentCost:
+    """A GPU's: reading weights takes 5 ms whatever comes, up to some 170 rows."""
+    rows = Curve(COUNTS, tuple(layers * (max(5e-3, 3e-5 * n) + 3e-6 * n) for n in COUNTS))
+    return SegmentCost(rows, Curve(COUNTS, tuple(1e-3 + 1e-5 * n for n in COUNTS)), 0.0, 0.0, layers * 3e-6)
+
+
+def linear(layers: float = 1.0) -> SegmentCost:
+    """A CPU's: each row costs a tenth of the first one, each request and K/V entry something."""
+    rows = Curve(COUNTS, tuple(layers * (17e-3 + 1.8e-3 * n) for n in COUNTS))
+    return SegmentCost(rows, Curve(COUNTS, tuple(1e-3 + 1e-4 * n for n in COUNTS)), 3e-4, 1e-7, layers * 1.8e-4)
+
+
+def stepped(layers: float = 1.0) -> SegmentCost:
+    """Graph buckets: passes are as slow as the next multiple of 16 rows."""
+    counts = tuple(float(n + more) for n in range(16, 1024, 16) for more in (0, 1))
+    seconds = tuple(layers * (4e-3 + 8e-4 * -(-n // 16)) for n in counts)
+    return SegmentCost(Curve(counts, seconds), Curve((1.0, 256.0), (5e-4, 2e-3)), 0.0, 1e-8, layers * 1e-5)
+
+
+SHAPES: dict[str, Callable[[float], SegmentCost]] = {
+    "weight_bound": weight_bound,
+    "linear": linear,
+    "stepped": stepped,
+}
+
+
+def profile(shape: str, *layers: float) -> Profile:
+    """A profile with segments of one shape and these sizes."""
+    return Profile(tuple(SHAPES[shape](each) for each in layers), source=shape)
