@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from drex.compute.load import LoadedModel, inspect_model, load_model
 from drex.compute.segments import SegmentRunner
 from drex.config import EarlyExit, EngineConfig
-from drex.control.cost import CostModel, Profile
+from drex.control.cost import CostModel
+from drex.control.profile import Profile
 from drex.control.scheduler import Scheduler
 from drex.engine.engine import Emitted, Engine
 from drex.engine.torch_executor import TorchExecutor

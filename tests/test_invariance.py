@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from drex import LLM, EarlyExit, SamplingParams
 from drex.checkpoint import EXIT_WEIGHTS_FILE, EarlyExitFile, ExitSpec, write_early_exit
-from drex.control.cost import Profile, nominal
+from drex.control.profile import Profile, nominal
 from drex.outputs import CompletionOutput
 from drex.request import Request
 

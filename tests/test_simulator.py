@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from drex.config import EngineConfig, ExitRule
-from drex.control.cost import CostModel, Load, nominal
+from drex.control.cost import CostModel, Load
 from drex.control.plan import Pass, PassResult
+from drex.control.profile import nominal
 from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
 from drex.engine.driver import serve

@@ -23,7 +23,8 @@ from drex.compute.load import LoadedModel, inspect_model, load_model, pick_devic
 from drex.compute.segments import SegmentRunner
 from drex.compute.spec import ModelSpec
 from drex.config import EarlyExit, EngineConfig, ExitPlan, ExitRule
-from drex.control.cost import CostModel, Profile
+from drex.control.cost import CostModel
+from drex.control.profile import Profile
 from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
 from drex.engine.engine import Engine

@@ -48,7 +48,7 @@ def simulate(
     from drex.bench.machine import versions
     from drex.bench.table import show
     from drex.config import EngineConfig, check_policies
-    from drex.control.cost import load_profile
+    from drex.control.profile import load_profile
     from drex.request import SamplingParams
     from drex.sim.machines import MACHINES, roofline
     from drex.sim.shapes import SHAPES

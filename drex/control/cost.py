@@ -12,20 +12,15 @@ Invariants: predictions are positive; a correction only moves by what was observ
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from drex.control.plan import Pass
-
-FloatArray = npt.NDArray[np.float64]
+from drex.control.profile import FloatArray, Profile
 
 ADAPTATION = 0.05
 """Weight of a new observation in a correction's moving mean."""
@@ -55,150 +50,6 @@ class Load(NamedTuple):
             evaluations=sum([len(span.evaluations) for span in spans]),
             kv_rows=sum([span.fill.size for span in spans]),
         )
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Seconds by count, linear between the points, from the origin's value on, and with the last slope beyond.
-
-    Attributes:
-        counts: ascending, at least one, from 1 on.
-        seconds: at these counts; what they imply below the first count is the first value.
-    """
-
-    counts: tuple[float, ...]
-    seconds: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not self.counts or len(self.counts) != len(self.seconds):
-            raise ValueError("a cost curve needs as many seconds as counts, and at least one")
-        if list(self.counts) != sorted(set(self.counts)) or self.counts[0] <= 0:
-            raise ValueError(f"counts {list(self.counts)} of a cost curve: ascending, above 0")
-
-    def at(self, count: FloatArray | np.float64) -> FloatArray:
-        """Seconds at any counts; 0 at 0."""
-        xs, ys = np.array(self.counts), np.array(self.seconds)
-        out: FloatArray = np.interp(count, xs, ys)
-        if len(xs) > 1:
-            slope = max(0.0, float((ys[-1] - ys[-2]) / (xs[-1] - xs[-2])))
-            out = out + slope * np.maximum(0.0, count - xs[-1])
-        else:
-            out = out * np.maximum(1.0, count / xs[-1])
-        return np.where(count > 0, out, 0.0)
-
-
-@dataclass(frozen=True)
-class SegmentCost:
-    """Costs of one segment in seconds.
-
-    Attributes:
-        rows: of its layers, by rows that run in full, all of one request.
-        head: of the head at its end, by evaluations.
-        span: of each further request among the rows.
-        entry: of each K/V entry that attention reads.
-        kv_row: of each row that only writes K/V (`project`).
-    """
-
-    rows: Curve
-    head: Curve
-    span: float
-    entry: float
-    kv_row: float
-
-    def seconds(
-        self, rows: np.float64, spans: np.float64, entries: np.float64, evaluations: np.float64, kv_rows: np.float64
-    ) -> float:
-        """Seconds of a pass."""
-        further = max(0.0, spans - 1)
-        out = float(self.rows.at(rows)) + float(self.head.at(evaluations))
-        return out + self.span * further + self.entry * entries + self.kv_row * kv_rows
-
-    def live_seconds(self, live: FloatArray, context: float) -> FloatArray:
-        """What live rows add to a pass, one a request: K/V that is read, and the head."""
-        out: FloatArray = self.span * np.maximum(0.0, live - 1) + self.entry * live * context + self.head.at(live)
-        return out
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Fitted costs of a model on a machine.
-
-    Attributes:
-        segments: in order; the last one's head is the final head.
-        threads: of the CPU that it was measured with; None on a device of its own.
-        source: where it comes from, for people: machine and date, or the preset's name.
-    """
-
-    segments: tuple[SegmentCost, ...]
-    threads: int | None = None
-    source: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Profile:
-        """Read what `to_dict` gave.
-
-        Raises:
-            ValueError: not a profile.
-        """
-        try:
-            segments = tuple(
-                SegmentCost(
-                    rows=_curve(part["rows"]),
-                    head=_curve(part["head"]),
-                    span=float(part["span"]),
-                    entry=float(part["entry"]),
-                    kv_row=float(part["kv_row"]),
-                )
-                for part in data["segments"]
-            )
-            return cls(segments, data.get("threads"), str(data.get("source", "")))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a cost profile ({error!r}): make one with `drex profile`") from error
-
-    def scaled(self, factor: float) -> Profile:
-        """All costs times a factor: a profile of another machine, or one that is wrong on purpose."""
-
-        def curve(old: Curve) -> Curve:
-            return Curve(old.counts, tuple(factor * value for value in old.seconds))
-
-        segments = tuple(
-            SegmentCost(curve(c.rows), curve(c.head), factor * c.span, factor * c.entry, factor * c.kv_row)
-            for c in self.segments
-        )
-        return Profile(segments, self.threads, self.source)
-
-
-def load_profile(path: str | Path) -> Profile:
-    """Read a profile's file. Raises ValueError if it is none."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read as a profile ({error}): make one with `drex profile`") from error
-    return Profile.from_dict(data)
-
-
-def nominal(lengths: Sequence[int]) -> Profile:
-    """Costs of a made-up machine that is bound by reading weights: to start from where nothing was measured.
-
-    Args:
-        lengths: layers of each segment.
-    """
-    layer, row = 1e-3, 2e-5
-    counts = (1.0, 64.0)
-    head = Curve(counts, tuple(layer + row * count for count in counts))
-    segments = tuple(
-        SegmentCost(Curve(counts, tuple(n * (layer + row * count) for count in counts)), head, 0.0, 1e-8 * n, row * n)
-        for n in lengths
-    )
-    return Profile(segments, source="nominal")
-
-
-def _curve(data: dict[str, Sequence[float]]) -> Curve:
-    return Curve(tuple(map(float, data["counts"])), tuple(map(float, data["seconds"])))
 
 
 class CostModel:

@@ -6,8 +6,8 @@ earns one token in the end. Running the shallow segment on n ready rows is worth
     n - θ · [T_0(n) + ΔT_deep(n)]
 
 where ΔT_deep is what these rows will add to flushes that happen anyway. If no n makes that positive, a buffer is
-flushed. With two exit points that falls short of the optimum, and the solved table decides; with more, the same
-comparison is made segment by segment, from the shallowest on.
+flushed. With several exit points the same comparison is made segment by segment, from the shallowest on; with two,
+where the optimum is solved, its table decides.
 
 Invariants: what was observed takes effect at a refresh, and refreshes happen at recorded pass numbers, so that a run
 with the same results and times decides the same.
@@ -21,8 +21,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from drex.control.cost import CostModel, FloatArray
+from drex.control.cost import CostModel
 from drex.control.outlook import Outlook
+from drex.control.profile import FloatArray
 
 PRIOR_RATE, PRIOR_WEIGHT = 0.5, 8.0
 """Before anything was seen, as if this share of so many rows had exited."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from drex.control.cost import Curve, Profile, SegmentCost
+from drex.control.profile import Curve, Profile, SegmentCost
 from drex.sim.shapes import Shape
 
 COUNTS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)

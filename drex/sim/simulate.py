@@ -13,7 +13,8 @@ import numpy as np
 
 from drex.bench.runner import Cell, summarise
 from drex.config import EngineConfig, ExitRule
-from drex.control.cost import CostModel, Curve, Profile, SegmentCost
+from drex.control.cost import CostModel
+from drex.control.profile import Curve, Profile, SegmentCost
 from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
 from drex.engine.engine import Engine

@@ -17,8 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from drex.compute.device import device_name
 from drex.compute.segments import SegmentRunner
 from drex.config import EngineConfig, ExitRule
-from drex.control.cost import Curve, Profile, SegmentCost
 from drex.control.plan import Draws, Evaluation, Pass, Rows, Run, Span
+from drex.control.profile import Curve, Profile, SegmentCost
 from drex.request import SamplingParams
 
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)

@@ -19,7 +19,7 @@ import torch
 from drex.compute.device import device_name
 from drex.compute.segments import SegmentRunner
 from drex.config import EngineConfig, ExitPlan
-from drex.control.cost import Profile, load_profile, nominal
+from drex.control.profile import Profile, load_profile, nominal
 from drex.tuning.profile import Profiler, choose_threads
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from drex.config import EngineConfig, ExitRule
 from drex.control.buffer import since
-from drex.control.cost import CostModel, Curve, Load, Profile, SegmentCost, nominal
+from drex.control.cost import CostModel, Load
 from drex.control.plan import Evaluation, Pass, PassResult, Verdict
+from drex.control.profile import Curve, Profile, SegmentCost, nominal
 from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
 from drex.request import Request, SamplingParams

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drex.config import EngineConfig
-from drex.control.cost import CostModel, Curve, Load, Profile, SegmentCost, load_profile, nominal
+from drex.control.cost import CostModel, Load
+from drex.control.profile import Curve, Profile, SegmentCost, load_profile, nominal
 from drex.control.slots import SlotLayout
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)

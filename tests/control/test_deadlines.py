@@ -12,9 +12,10 @@ import pytest
 from helpers import SHAPES, Machine, make_scheduler, profile, request
 
 from drex.config import EngineConfig
-from drex.control.cost import CostModel, Curve, Profile, SegmentCost
+from drex.control.cost import CostModel
 from drex.control.deadlines import CHUNK_FLOOR, Deadlines, tightest_tpot
 from drex.control.plan import Evaluation, Verdict
+from drex.control.profile import Curve, Profile, SegmentCost
 from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
 from drex.request import Request

@@ -11,10 +11,11 @@ import pytest
 from helpers import Machine, make_scheduler, profile, request
 
 from drex.config import POLICIES, EngineConfig
-from drex.control.cost import CostModel, Curve, Load, Profile, SegmentCost
+from drex.control.cost import CostModel, Load
 from drex.control.plan import Draws, Evaluation, Pass, Verdict
 from drex.control.policies import POLICIES as CLASSES
 from drex.control.policies import PROBE_EVERY, Choice, Split, View
+from drex.control.profile import Curve, Profile, SegmentCost
 from drex.control.slots import SlotLayout
 from drex.request import Request
 

@@ -19,8 +19,10 @@ from markov import (
     process,
 )
 
-from drex.control.cost import CostModel, FloatArray
-from drex.control.yardstick import MOST_EXACT_TWO, mean_pass_seconds, measure, solve_one_exit, solve_two_exits
+from drex.control.cost import CostModel
+from drex.control.profile import FloatArray
+from drex.control.solver import solve_one_exit, solve_two_exits
+from drex.control.yardstick import MOST_EXACT_TWO, mean_pass_seconds, measure
 
 CONTEXT = 64.0
 FILLS = ("recompute", "project", "alias", "mask")
