@@ -81,7 +81,7 @@ def read_trace(path: str | Path, *, scale: float = 1.0, longest: int | None = No
             known = ", ".join(name for what in ("prompt", "output") for name in FIELDS[what])
             raise ValueError(f"it has none of the columns {known}")
         unit = (1e-3 if arrival == "timestamp" else 1.0) / speed
-        jobs = [_job(*(float(row[name]) * scale for name in (prompt_name, output_name)), longest) for row in rows]
+        jobs = [_job(float(row[prompt_name]) * scale, float(row[output_name]) * scale, longest) for row in rows]
         times = [float(row[arrival]) * unit if arrival else 0.0 for row in rows]
         if not all(math.isfinite(time) and time >= 0 for time in times):
             raise ValueError("a time of arrival is no number from 0 on")
