@@ -172,6 +172,7 @@ def measure(options: argparse.Namespace, scratch: Path, found: dict[str, Any]) -
                 console.print(f"{name} {dtype}, {in_flight} in flight, lengths times {scale:g}")
                 cell = compare(subject, dtype, in_flight, scale, options.repeats, vllm=not no_vllm)
                 found["throughput"].append(cell)
+                save(options.json, found)
                 if cell["vllm_failed"]:
                     where = f"vllm on {name} {dtype}, {in_flight} in flight"
                     found["skipped"].append({"what": where, "reason": cell["vllm_failed"]})
@@ -181,6 +182,12 @@ def measure(options: argparse.Namespace, scratch: Path, found: dict[str, Any]) -
             found["kv_saved"] = kv_saved.measure(subject.folder, "float32", KV_REQUESTS, KV_PROMPT, output)
     if "bundled" not in options.models:
         found["skipped"].append({"what": "K/V saved by fills", "reason": "the bundled model was not asked for"})
+
+
+def save(path: Path | None, found: dict[str, Any]) -> None:
+    """Keep what is known so far: a long run may be cut short."""
+    if path is not None:
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -206,8 +213,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         measure(options, Path(scratch), found)
     print_report(found, console)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    save(options.json, found)
 
 
 if __name__ == "__main__":
