@@ -56,9 +56,14 @@ def peak_bytes() -> int:
 
 
 def _only_import() -> dict[str, int]:
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
+    """What importing torch and transformers takes.
 
+    transformers imports lazily: its own modules come in with the first configuration that is made.
+    """
+    import torch  # noqa: F401
+    from transformers import AutoConfig, AutoTokenizer  # noqa: F401
+
+    AutoConfig.for_model("llama")
     return {"peak": peak_bytes()}
 
 
