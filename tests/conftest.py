@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from drex.engine.torch_executor import TorchExecutor
 from drex.tuning.corpus import Document, train_tokenizer
 from drex.tuning.profile_cache import obtain
 
@@ -60,13 +62,16 @@ def make_model(config: Any, folder: Path, seed: int = 0, **save: Any) -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def unmeasured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Engines in this process start from nominal costs, so that tests don't depend on the machine's speed.
+    """Engines in this process start from nominal costs and go by a clock that ticks a millisecond a look.
 
-    Those in processes of their own keep what they measure in a folder of the tests.
+    So what they decide does not depend on the machine's speed. Those in processes of their own keep what they measure
+    in a folder of the tests.
     """
+    looks = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DREX_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr("drex.llm.obtain", lambda asked, *rest: obtain("nominal" if asked is None else asked, *rest))
+        patch.setattr(TorchExecutor, "now", lambda self: next(looks) * 1e-3)
         yield
 
 

@@ -680,7 +680,11 @@ def test_a_stream_concatenates_to_what_generate_gives(talker):
     for sample in samples:
         own = [chunk for chunk in chunks if chunk.index == sample.index]
         assert "".join(chunk.text for chunk in own) == sample.text
-        assert tuple(token for chunk in own for token in chunk.tokens) == sample.tokens
+        streamed = [token for chunk in own for token in chunk.tokens]
+        # Other rows may have shared the passes this time: in float32 the last digits are not promised.
+        for got, wanted in zip(streamed, sample.tokens, strict=True):
+            assert (got.id, got.text, got.exit_layer) == (wanted.id, wanted.text, wanted.exit_layer)
+            assert (got.logprob, got.confidence) == pytest.approx((wanted.logprob, wanted.confidence), abs=1e-5)
         assert [chunk.finish_reason for chunk in own] == [None] * (len(own) - 1) + [sample.finish_reason]
     assert idle(talker)
 
