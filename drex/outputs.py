@@ -61,8 +61,7 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenOutput | None, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A piece of a streamed sample: new text and tokens; `finish_reason`, and `error` if there was one, on the last.
 
     `prompt_index` counts the prompts of the call, `index` the samples of a prompt.

@@ -1,6 +1,6 @@
-"""A request: its tokens, how far each segment has come, and what was recorded when each token was decided.
+"""A request: its tokens, and what was recorded when each was decided.
 
-Invariants: frontiers descend with the segment; `depths` has one entry for every position whose next token is known.
+Invariant: `depths` has one entry for every position whose next token is known.
 """
 
 from __future__ import annotations
@@ -166,23 +166,13 @@ class TokenRecord(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass
-class Undecided:
-    """What the exit points passed so far said of a row: its checks, and (token, length) of the agreeing run."""
-
-    checks: list[ExitCheck] = field(default_factory=list)
-    agreeing: tuple[int, int] = (0, 0)
-
-
 @dataclass(eq=False)
 class Request:
     """One sample of one prompt on its way through the engine.
 
-    While it runs, `claimed` slots of the pool are spoken for, those of its first `claimed_length` positions.
-
-    `stands_at` is the segment that the live row of a decoding request is to run next (None before it decodes), and
-    `waits_since` (segment, pass) of the buffer that it waits in. Times are the executor's, in seconds; the next token
-    is `due` by the request's own targets, and by `paced_due` under the engine's bound on slowdown.
+    While it runs it has a `seat`, and how far it has come is in the columns there (`drex.control.seats`). Times are the
+    executor's, in seconds; the next token is `due` by the request's own targets, and by `paced_due` under the engine's
+    bound on slowdown.
 
     With a `score_rule` the prompt's own tokens are scored: each prompt row is measured as if it were decoded, and
     exits where that rule says so. Without one, prompt rows run at full depth and are not measured.
@@ -205,13 +195,7 @@ class Request:
     depths: list[int] = field(init=False)
     records: list[TokenRecord] = field(default_factory=list)
     prompt_records: dict[int, TokenRecord] = field(default_factory=dict)
-    frontiers: list[int] = field(init=False)
-    undecided: dict[int, Undecided] = field(default_factory=dict)
-    claimed: int = 0
-    claimed_length: int = 0
-    in_pass: bool = False
-    stands_at: int | None = None
-    waits_since: tuple[int, int] | None = None
+    seat: int | None = None
     arrived_at: float = 0.0
     first_token_at: float | None = None
     due: float = math.inf
@@ -225,17 +209,9 @@ class Request:
         self.draws = self._draws(self.rule)
         self.score_draws = self._draws(self.score_rule or self.rule)
         self.depths = [self.num_segments] * (len(self.prompt) - 1)
-        self.frontiers = [0] * self.num_segments
 
     def _draws(self, rule: ExitRule) -> Draws:
-        return Draws(rule, self.params, self.seed, self.sample, self.tokens, len(self.prompt))
-
-    def row(self, position: int) -> Undecided:
-        """What is known of a row that is not decided yet."""
-        known = self.undecided.get(position)
-        if known is None:
-            known = self.undecided[position] = Undecided()
-        return known
+        return Draws(self.request_id, rule, self.params, self.seed, self.sample, self.tokens, len(self.prompt))
 
     @property
     def priority(self) -> int:
@@ -250,24 +226,6 @@ class Request:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - len(self.prompt)
-
-    @property
-    def decoding(self) -> bool:
-        """Whether only its last token has still to pass segment 0: no prompt or replay is left."""
-        return self.frontiers[0] >= len(self.tokens) - 1 and self.num_output > 0
-
-    @property
-    def live_segment(self) -> int | None:
-        """The segment that the live row is to run next; None while a prompt or replay has not reached it."""
-        last = len(self.tokens) - 1
-        if self.frontiers[0] < last:
-            return None
-        return sum(frontier > last for frontier in self.frontiers)
-
-    def pending(self, segment: int) -> int:
-        """How many positions have passed the segment before and not this one."""
-        upto = len(self.tokens) if segment == 0 else self.frontiers[segment - 1]
-        return upto - self.frontiers[segment]
 
     def ending(self) -> FinishReason | None:
         """Why the request ends with its last token, if it does; notes a stop token as `stop_reason`."""

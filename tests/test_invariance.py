@@ -199,13 +199,12 @@ def check_kv(llm: LLM, request: Request, kv: KV) -> None:
     scheduler, runner = llm.engine.scheduler, llm._runner
     first_layer = 0
     for segment, length in enumerate(scheduler.layout.lengths):
-        table = scheduler.placement._tables[request.request_id][segment]
-        cells, aliased = table.cells, table.aliased
+        cells, aliased = scheduler.pool.tables[segment].entries(request.seat)
         for offset in range(length):
             part, plane = divmod(offset, scheduler.layout.layers_per_cell)
             slots = np.where(aliased, cells[part], cells[part] + plane * scheduler.pool.num_cells)
             held = runner.pool.keys.flatten(0, 1)[torch.from_numpy(slots)]
-            entries = kv[first_layer + offset][: request.frontiers[segment]]
+            entries = kv[first_layer + offset][: scheduler.seats.reached[segment + 1, request.seat]]
             wanted = [entry[0] for entry in entries if entry is not None]
             assert len(held) == len(wanted)
             if wanted:

@@ -23,7 +23,7 @@ import numpy as np
 
 from drex.control.cost import CostModel
 from drex.control.outlook import Outlook
-from drex.control.profile import FloatArray
+from drex.control.plan import FloatArray
 
 PRIOR_RATE, PRIOR_WEIGHT = 0.5, 8.0
 """Before anything was seen, as if this share of so many rows had exited."""

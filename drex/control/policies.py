@@ -7,14 +7,16 @@ for the whole batch, the decode rows of one pass: they exist to be compared with
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from drex.config import EngineConfig
 from drex.control.cost import CostModel
 from drex.control.flush import ExitRates, FlushRule, Waiting
-from drex.control.plan import Evaluation, Verdict
+from drex.control.plan import BoolArray, FloatArray
 
 PROBE_EVERY = 64
 """`adaptive`: while checking exits does not pay, one pass in so many checks all the same, to notice when it would."""
@@ -62,7 +64,12 @@ class Choice:
     fills: bool = False
 
 
-Check = tuple[Evaluation, Verdict]
+class Checks(NamedTuple):
+    """What exit heads said of the decode rows of a pass: confidence and threshold, and whether the two mean an exit."""
+
+    confidences: FloatArray
+    thresholds: FloatArray
+    exited: BoolArray
 
 
 class Split:
@@ -90,9 +97,9 @@ class Split:
                 return Choice(segment)
         return Choice(0, view.ready) if view.ready or view.prompts else None
 
-    def exits(self, segment: int, checks: Sequence[Check]) -> list[bool]:
-        """Which decode rows of a pass exit, given what the exit head said of each."""
-        return [verdict.exited for _, verdict in checks]
+    def exits(self, segment: int, checks: Checks) -> BoolArray:
+        """Which decode rows of a pass exit, given what the exit head said of each, at least one."""
+        return checks.exited
 
 
 class Drex(Split):
@@ -154,23 +161,22 @@ class Drex(Split):
 class Consensus(Split):
     """All rows of the batch are confident: all exit; else all stay."""
 
-    def exits(self, segment: int, checks: Sequence[Check]) -> list[bool]:
-        return [all(verdict.exited for _, verdict in checks)] * len(checks)
+    def exits(self, segment: int, checks: Checks) -> BoolArray:
+        return np.full_like(checks.exited, checks.exited.all())
 
 
 class Majority(Split):
     """The median confidence reaches the threshold: all exit; else all stay."""
 
-    def exits(self, segment: int, checks: Sequence[Check]) -> list[bool]:
-        above = [verdict.confidence - (evaluation.threshold or 0.0) for evaluation, verdict in checks]
-        return [bool(above) and statistics.median(above) >= 0] * len(checks)
+    def exits(self, segment: int, checks: Checks) -> BoolArray:
+        return np.full_like(checks.exited, np.median(checks.confidences - checks.thresholds) >= 0)
 
 
 class Greedy(Split):
     """Any row is confident: all exit; else all stay."""
 
-    def exits(self, segment: int, checks: Sequence[Check]) -> list[bool]:
-        return [any(verdict.exited for _, verdict in checks)] * len(checks)
+    def exits(self, segment: int, checks: Checks) -> BoolArray:
+        return np.full_like(checks.exited, checks.exited.any())
 
 
 class LatencyOnly(Greedy):
@@ -209,18 +215,17 @@ class Art(Split):
             return Choice(0, view.ready)
         return super().choose(view)
 
-    def exits(self, segment: int, checks: Sequence[Check]) -> list[bool]:
-        confident = [verdict.exited for _, verdict in checks]
-        rows = float(len(checks))
+    def exits(self, segment: int, checks: Checks) -> BoolArray:
+        rows = float(len(checks.exited))
         deeper = range(segment + 1, self.rule.cost.segments)
         shallow = float(self.rule.seconds(segment, rows, 0.0))
         deep = sum(float(self.rule.seconds(s, rows, 0.0)) for s in deeper)
         # A full pass is one over all layers from here on, without the exit head.
         whole = shallow + deep - self.rule.cost.head_seconds(segment, rows)
-        if sum(confident) > (shallow + deep - whole) / deep * rows:
-            return confident
+        if checks.exited.sum() > (shallow + deep - whole) / deep * rows:
+            return checks.exited
         self._go_on.add(segment + 1)
-        return [False] * len(checks)
+        return np.zeros_like(checks.exited)
 
 
 POLICIES: dict[str, type[Split]] = {

@@ -8,20 +8,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from drex.control.cost import CostModel, Load
 from drex.control.hashing import uniform
-from drex.control.plan import Evaluation, Pass, PassResult, Verdict
+from drex.control.plan import Evaluations, FloatArray, Pass, PassResult, Verdicts
 from drex.engine.executor import Executor
 
-ExitSource = Callable[[str, int, Evaluation], float]
-"""Request id, segment and evaluation -> confidence."""
+ExitSource = Callable[[int, Evaluations], FloatArray]
+"""At which segment, of which rows -> confidence of each."""
 TOKEN = 0
 
 
-def drawn_exits(request_id: str, segment: int, evaluation: Evaluation) -> float:
+def drawn_exits(segment: int, asked: Evaluations) -> FloatArray:
     """Uniform by request seed, position and exit: the criterion `trace`, with which 1 - threshold of the rows exit."""
-    draws = evaluation.draws
-    return uniform(draws.seed, draws.sample, evaluation.position, segment)
+    seeds, samples = [draws.seed for draws in asked.draws], [draws.sample for draws in asked.draws]
+    return uniform(seeds, samples, asked.positions, segment)
 
 
 class RecordedExits:
@@ -34,10 +36,13 @@ class RecordedExits:
     def __init__(self, depths: Mapping[str, Sequence[int]]) -> None:
         self._depths = depths
 
-    def __call__(self, request_id: str, segment: int, evaluation: Evaluation) -> float:
-        recorded = self._depths[request_id]
-        number = evaluation.position - evaluation.draws.prompt_length + 1
-        return 1.0 if recorded[number % len(recorded)] <= segment + 1 else 0.0
+    def __call__(self, segment: int, asked: Evaluations) -> FloatArray:
+        out = np.zeros(len(asked))
+        for row, (draws, position) in enumerate(zip(asked.draws, asked.positions.tolist(), strict=True)):
+            recorded = self._depths[draws.request_id]
+            number = position - draws.prompt_length + 1
+            out[row] = recorded[number % len(recorded)] <= segment + 1
+        return out
 
 
 class VirtualExecutor:
@@ -65,15 +70,16 @@ class VirtualExecutor:
     def collect(self) -> PassResult:
         batch = self._submitted.popleft()
         self._clock += self._cost.predict(batch.segment, Load.of(batch))
-        return PassResult(
-            [[self._verdict(span.request_id, batch.segment, e) for e in span.evaluations] for span in batch.spans]
-        )
+        return PassResult(self._judge(batch))
 
-    def _verdict(self, request_id: str, segment: int, evaluation: Evaluation) -> Verdict:
-        if evaluation.threshold is None:
-            return Verdict(TOKEN, 0.0, 1.0, False, (TOKEN, 1), ())
-        confidence = self._exits(request_id, segment, evaluation)
-        return Verdict(TOKEN, 0.0, confidence, confidence >= evaluation.threshold, (TOKEN, 1), ())
+    def _judge(self, batch: Pass) -> Verdicts:
+        asked, segment = batch.evaluations, batch.segment
+        confidences = np.ones(len(asked))
+        if not np.isnan(asked.thresholds).all():
+            confidences = self._exits(segment, asked)
+        same = np.full(len(asked), TOKEN)
+        agreeing = np.stack((same, np.ones_like(same)))
+        return Verdicts(same, np.zeros(len(asked)), confidences, confidences >= asked.thresholds, agreeing, {})
 
 
 class Recorder:
