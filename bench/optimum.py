@@ -29,6 +29,8 @@ from drex.engine.metrics import PassRecord
 from drex.request import Request, SamplingParams
 
 PROMPT = 8
+FEWEST = 160
+"""Tokens that a turn has at least, all requests together."""
 console = Console()
 
 
@@ -84,7 +86,7 @@ def requests(subject: Subject, cell: Cell, tokens: int) -> list[tuple[float, Req
 
 def measure(subject: Subject, in_flight: int, options: argparse.Namespace) -> dict[str, Any]:
     """All policies at one count in flight."""
-    tokens = max(options.passes, 400 // in_flight)
+    tokens = max(options.passes, FEWEST // in_flight)
     cells = [Cell(policy, in_flight, subject.engine(policy, in_flight)) for policy in options.policies.split(",")]
     windows: dict[str, list[list[PassRecord]]] = {cell.policy: [] for cell in cells}
 
@@ -152,9 +154,9 @@ def main() -> None:
     options = arguments()
     counts = [int(count) for count in options.in_flight.split(",")]
     config = EngineConfig(
-        max_model_len=PROMPT + max(options.passes, 400),
+        max_model_len=PROMPT + max(options.passes, FEWEST),
         max_num_seqs=max(counts),
-        kv_cache_tokens=max(count * (PROMPT + max(options.passes, 400 // count)) for count in counts),
+        kv_cache_tokens=max(count * (PROMPT + max(options.passes, FEWEST // count)) for count in counts),
     )
     found: dict[str, Any] = {"benchmark": "optimum", **machine.describe(), "options": vars(options), "runs": []}
     found["options"] = {name: str(value) for name, value in vars(options).items()}

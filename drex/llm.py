@@ -166,7 +166,7 @@ class LLM:
     def _stream(self, left: dict[str, tuple[int, Request]]) -> Iterator[Chunk]:
         numbers = {request_id: number for request_id, (number, _) in left.items()}
         for request_id, chunk, _ in self._serve([request for _, request in left.values()]):
-            yield chunk._replace(prompt_index=numbers[request_id])
+            yield replace(chunk, prompt_index=numbers[request_id])
 
     def _serve(self, requests: Sequence[Request]) -> Iterator[Emitted]:
         """What these requests give, until they are done; those that are left when it is closed are aborted.

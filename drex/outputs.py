@@ -61,7 +61,8 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenOutput | None, ...] | None = None
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True)
+class Chunk:
     """A piece of a streamed sample: new text and tokens; `finish_reason`, and `error` if there was one, on the last.
 
     `prompt_index` counts the prompts of the call, `index` the samples of a prompt.

@@ -51,7 +51,7 @@ def ask(seats: Seats, segment: int, spans: IntArray, stops: IntArray, placed: Pl
     # The live row is the last one of its span, and it runs.
     rows, of, thresholds = (placed.sizes.cumsum() - 1)[asked], spans[asked], thresholds[asked]
     live, banned, targets = len(of), {}, {}
-    draws = [seats[seat].draws for seat in of.tolist()]
+    draws = [request.draws for request in seats.requests[of].tolist()]
     for number in np.flatnonzero(seats.restricted[of]).tolist():
         banned[number] = seats[of[number]].banned()
     if seats.scored[spans].any():
@@ -62,7 +62,10 @@ def ask(seats: Seats, segment: int, spans: IntArray, stops: IntArray, placed: Pl
         thresholds = np.concatenate((thresholds, np.array([limit for *_, limit, _ in further])))
         draws += [seats[seat].score_draws for _, seat, *_ in further]
     positions = placed.full.positions[rows]
-    agreeing = seats.agreeing[:, of, positions]
+    agreeing = np.zeros((2, len(of)), dtype=np.int64)
+    if seats.patient.any():
+        patient = seats.patient[of]
+        agreeing[:, patient] = seats.agreeing[:, of[patient], positions[patient]]
     return Asked(Evaluations(rows, positions, thresholds, draws, agreeing, banned, targets), of, live, unasked)
 
 
@@ -99,7 +102,8 @@ def record(seats: Seats, segment: int, asked: Asked, verdicts: Verdicts, exits: 
         exits: whether the policy lets each row exit. Shape (evaluations,).
     """
     of, positions = asked.seats, asked.evaluations.positions
-    seats.agreeing[:, of, positions] = verdicts.agreeing
+    if seats.patient.any():
+        seats.agreeing[:, of, positions] = verdicts.agreeing
     decided = exits.copy()
     if segment == seats.segments - 1:
         decided[:] = True
@@ -112,15 +116,16 @@ def record(seats: Seats, segment: int, asked: Asked, verdicts: Verdicts, exits: 
     seats.reached[0, of[chosen < asked.live]] += 1
     columns = (
         chosen.tolist(),
-        of.tolist(),
+        seats.requests[of].tolist(),
         positions.tolist(),
         verdicts.tokens[chosen].tolist(),
         verdicts.logprobs[chosen].tolist(),
         verdicts.confidences[chosen].tolist(),
         seats.confidence[:depth, of, positions].T.tolist(),
     )
-    for number, seat, position, token, logprob, confidence, passed in zip(*columns, strict=True):
-        request, top = seats[seat], verdicts.tops.get(number, ())
+    tops = verdicts.tops
+    for number, request, position, token, logprob, confidence, passed in zip(*columns, strict=True):
+        top = tops.get(number, ())
         if number < asked.live:
             checks = _checks(request.rule, request.num_output, request.max_tokens, passed)
             request.records.append(TokenRecord(token, logprob, depth, confidence, checks, top))

@@ -31,6 +31,8 @@ MEMORY = 500.0
 """Rows over which exit rates are remembered: older ones fade by a factor e each so many."""
 REFRESH = 16
 """Passes between refreshes of the tables that decisions are read from."""
+FEW = 32
+"""From so many ready rows on, only multiples of 8 are considered, and all of them."""
 EARNING_MEMORY = 128.0
 """Passes over which θ is averaged."""
 
@@ -78,6 +80,8 @@ class FlushRule:
     def __init__(self, cost: CostModel, rates: ExitRates, kv_fill: str, most: int) -> None:
         self.cost, self.rates, self.kv_fill = cost, rates, kv_fill
         self.counts = np.arange(most + 1, dtype=np.float64)
+        # How many of the ready rows may start: any few, or as many as fill a step of the cost.
+        self._sizes = np.concatenate((self.counts[1:FEW], self.counts[FEW::8]))
         self._tokens = self._seconds = 0.0
         self._context = 0.0
         self._decoding = 0
@@ -167,11 +171,12 @@ class FlushRule:
             if chosen is not None:
                 return chosen, waiting.ready
         if waiting.ready:
-            rows = self.counts[1 : waiting.ready + 1]
+            fewer = self._sizes[: np.searchsorted(self._sizes, waiting.ready)]
+            rows = np.append(fewer, float(waiting.ready))
             worth = self._worth(0, rows, 0.0, waiting)
             best = int(worth.argmax())
             if worth[best] > 0:
-                return 0, best + 1
+                return 0, int(rows[best])
         held = [segment for segment, live in enumerate(waiting.live) if live]
         for segment in held[:-1]:
             rows = np.array([float(waiting.live[segment])])
@@ -192,6 +197,6 @@ class FlushRule:
                 continue
             # That flush happens anyway: its first row, which pays the fixed cost, is not charged.
             base = max(1.0, held)
-            more = self.seconds(deeper, base + live, owed + fills + rows - live) - self.seconds(deeper, base, owed)
-            seconds = seconds + more
+            flush = self.seconds(deeper, np.append(base + live, base), np.append(owed + fills + rows - live, owed))
+            seconds = seconds + flush[:-1] - flush[-1]
         return rows - self.earning * seconds

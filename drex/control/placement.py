@@ -118,13 +118,11 @@ class Placement:
         return self.arena.rows(rows, positions) if self.segments > 1 else np.zeros_like(positions)
 
     def _enter(self, seats: IntArray, stops: IntArray, rows: IntArray, positions: IntArray) -> None:
-        """Positions come to segment 0: their slots are claimed, and nothing is known of them yet."""
+        """Positions come to segment 0: their slots are claimed, and they get a row of the arena."""
         known = self.seats
         further = np.maximum(0, stops - known.claimed_length[seats])
         self.pool.claim(int(further.sum()) * self.slots_per_token)
         known.claimed_length[seats] += further
-        known.confidence[:, rows, positions] = np.nan
-        known.agreeing[1, rows, positions] = 0
         if self.segments > 1:
             self.arena.take(rows, positions)
 

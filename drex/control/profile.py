@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,19 @@ class Curve:
         if list(self.counts) != sorted(set(self.counts)) or self.counts[0] <= 0:
             raise ValueError(f"counts {list(self.counts)} of a cost curve: ascending, above 0")
 
+    @cached_property
+    def _arrays(self) -> tuple[FloatArray, FloatArray]:
+        return np.array(self.counts), np.array(self.seconds)
+
     def at(self, count: FloatArray | np.float64) -> FloatArray:
         """Seconds at any counts; 0 at 0."""
-        xs, ys = np.array(self.counts), np.array(self.seconds)
-        out: FloatArray = np.interp(count, xs, ys)
+        xs, ys = self._arrays
+        out = np.asarray(np.interp(count, xs, ys))
         if len(xs) > 1:
             slope = max(0.0, float((ys[-1] - ys[-2]) / (xs[-1] - xs[-2])))
-            out = out + slope * np.maximum(0.0, count - xs[-1])
+            out = np.asarray(out + slope * np.maximum(0.0, count - xs[-1]))
         else:
-            out = out * np.maximum(1.0, count / xs[-1])
+            out = np.asarray(out * np.maximum(1.0, count / xs[-1]))
         return np.where(count > 0, out, 0.0)
 
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from drex.config import EngineConfig
 from drex.control.arena import ArenaRows
@@ -181,7 +183,6 @@ class Scheduler:
                     return Choice(segment, fills=True)
         if sum(standing.owed) > self.config.max_fill_rows:
             return Choice(max(range(1, self.segments), key=lambda s: standing.owed[s]), fills=True)
-        since = [min(self.seats.since[waiting].tolist(), default=self.passes) for waiting in standing.buffers]
         self.view = View(
             pass_number=self.passes,
             now=now,
@@ -190,8 +191,8 @@ class Scheduler:
             live=live,
             fills=[standing.fills(segment) for segment in range(self.segments)],
             urgent=urgent,
-            oldest_age=[self.passes - number for number in since],
-            due=[min(self.seats.due[waiting].tolist(), default=np.inf) for waiting in standing.buffers],
+            oldest_age=[self.passes - _least(self.seats.since, waiting, self.passes) for waiting in standing.buffers],
+            due=[_least(self.seats.due, waiting, np.inf) for waiting in standing.buffers],
             owed=standing.owed,
             decoding=self.seats.decoding,
             context=self._context,
@@ -234,7 +235,7 @@ class Scheduler:
         work, seats = self._outstanding[done.number], self.seats
         seats.idle[work.spans] = True
         if result.verdicts is None:
-            touched = [seats[seat] for seat in work.spans.tolist()]
+            touched: list[Request] = seats.requests[work.spans].tolist()
             for request in touched:
                 self.finish(request.request_id, request.abort_asked or FinishReason.ERROR)
         else:
@@ -261,7 +262,9 @@ class Scheduler:
         # Where a token was decided, there is one more now that the segment has not seen.
         undecided = seats.reached[segment + 1, with_live_row] == seats.reached[0, with_live_row]
         self._wait(with_live_row[undecided], segment + 1, now)
-        return self._emit(asked.seats[: asked.live][decided[: asked.live]].tolist(), work, now)
+        touched: list[Request] = seats.requests[asked.seats[: asked.live][decided[: asked.live]]].tolist()
+        self._emit(touched, work, now)
+        return touched
 
     def _exits(self, segment: int, asked: Asked, verdicts: Verdicts) -> BoolArray:
         """Which evaluated rows exit: of the live rows those that the policy lets, of the scored ones all that can."""
@@ -283,19 +286,16 @@ class Scheduler:
             ahead = self.policy.rule.seconds_ahead(segment, live, fills)
             self.deadlines.buffered(due, now, ahead)
 
-    def _emit(self, spans: list[int], work: Work, now: float) -> list[Request]:
+    def _emit(self, touched: list[Request], work: Work, now: float) -> None:
         """Requests got a token: it sets when the next is due, and may be the last."""
-        touched, full_step = [], self.policy.rule.full_step(self.seats.decoding)
-        for seat in spans:
-            request = self.seats[seat]
-            touched.append(request)
+        full_step = self.policy.rule.full_step(self.seats.decoding)
+        for request in touched:
             self.deadlines.emitted(request, now, full_step)
-            self.seats.due[seat] = request.due
+            self.seats.due[request.seat] = request.due
             work.decided += request.num_output > 1
             reason = request.abort_asked or request.ending()
             if reason is not None:
                 self.finish(request.request_id, reason)
-        return touched
 
     def took(self, done: Pass, seconds: float) -> None:
         """Learn how long a committed pass took, the engine's own time included."""
@@ -316,6 +316,11 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError unless slots and arena rows agree with the requests that run."""
         self.placement.check_integrity()
+
+
+def _least(column: npt.NDArray[Any], seats: IntArray, default: float) -> Any:
+    """The smallest entry of some seats."""
+    return column[seats].min().item() if len(seats) else default
 
 
 @dataclass

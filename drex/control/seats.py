@@ -12,6 +12,7 @@ import heapq
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from drex.control.deadlines import pace
 from drex.control.plan import BoolArray, FloatArray, IntArray
@@ -27,8 +28,8 @@ class Seats:
         room: positions that a request may reach.
 
     Attributes:
-        requests: by seat; None where it is empty.
-        idle: whether a request sits there that no outstanding pass holds. Shape (seats,), as all that has no other.
+        requests: None where the seat is empty. Shape (seats,), as all that has no other.
+        idle: whether a request sits there that no outstanding pass holds.
         reached: how many positions have come to each segment: known tokens at the first, positions with K/V at all
             segments last. (segments + 1, seats).
         prompt: its length.
@@ -36,17 +37,17 @@ class Seats:
         since: the pass at which the live row came to where it waits.
         due: when the next token is due; pace: the target for each. Seconds, infinite where there is none.
         threshold: of the live row at each exit; NaN where it may not exit. (segments - 1, seats).
-        scored: whether prompt rows are measured.
+        scored: whether prompt rows are measured; patient: whether any of its rules counts agreeing exits.
         restricted: whether some tokens may be banned, because `min_tokens` is not reached.
         token: what stands at each position. (seats, room).
         depth: segments that a position executes before its token is decided; all while it isn't. (seats, room).
         confidence: what each exit said of a position; NaN where it wasn't asked. (segments - 1, seats, room).
-        agreeing: (token, run length) of the exits that agree on a position. (2, seats, room).
+        agreeing: (token, run length) of the exits that agree on a position, of patient requests. (2, seats, room).
     """
 
     def __init__(self, seats: int, segments: int, room: int) -> None:
         self.segments, self.room = segments, room
-        self.requests: list[Request | None] = [None] * seats
+        self.requests: npt.NDArray[np.object_] = np.full(seats, None)
         self.idle: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.reached: IntArray = np.zeros((segments + 1, seats), dtype=np.int64)
         self.prompt: IntArray = np.zeros(seats, dtype=np.int64)
@@ -56,6 +57,7 @@ class Seats:
         self.pace: FloatArray = np.full(seats, np.inf)
         self.threshold: FloatArray = np.full((segments - 1, seats), np.nan)
         self.scored: BoolArray = np.zeros(seats, dtype=np.bool_)
+        self.patient: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.restricted: BoolArray = np.zeros(seats, dtype=np.bool_)
         # Left empty, so that only what is used ever takes memory.
         self.token: IntArray = np.empty((seats, room), dtype=np.int64)
@@ -68,11 +70,11 @@ class Seats:
         return len(self.requests) - len(self._empty)
 
     def __iter__(self) -> Iterator[Request]:
-        return (request for request in self.requests if request is not None)
+        return (request for request in self.requests.tolist() if request is not None)
 
     def __getitem__(self, seat: int) -> Request:
         request = self.requests[seat]
-        assert request is not None
+        assert isinstance(request, Request)
         return request
 
     @property
@@ -97,8 +99,14 @@ class Seats:
         self.scored[seat] = request.score_rule is not None
         self.restricted[seat] = request.params.min_tokens > 0
         self.token[seat, : len(request.tokens)] = request.tokens
+        end = len(request.prompt) + request.max_tokens
         self.depth[seat, : len(request.depths)] = request.depths
-        self.depth[seat, len(request.depths) : len(request.prompt) + request.max_tokens] = self.segments
+        self.depth[seat, len(request.depths) : end] = self.segments
+        self.confidence[:, seat, :end] = np.nan
+        rules = (request.rule, request.score_rule)
+        self.patient[seat] = any(rule is not None and rule.criterion == "patience" for rule in rules)
+        if self.patient[seat]:
+            self.agreeing[1, seat, :end] = 0
         self.look_ahead(request)
         return seat
 
@@ -111,7 +119,7 @@ class Seats:
         self.idle[seat] = False
         self.reached[:, seat] = self.prompt[seat] = 0
         self.due[seat] = self.pace[seat] = np.inf
-        self.scored[seat] = self.restricted[seat] = False
+        self.scored[seat] = self.patient[seat] = self.restricted[seat] = False
         heapq.heappush(self._empty, seat)
 
     def look_ahead(self, request: Request) -> None:

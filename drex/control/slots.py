@@ -79,12 +79,13 @@ class SegmentTables:
     def put(self, seats: IntArray, entries: IntArray, cells: IntArray) -> None:
         """Set entries, ascending in each seat. Shapes: seats and entries (rows,), cells (parts, rows)."""
         self.cells[:, seats, entries] = cells
+        # Own entries and aliases of one span come one after the other, whichever is last.
         self.counts[seats] = np.maximum(self.counts[seats], entries + 1)
 
     def contexts(self, seats: IntArray) -> Contexts:
         """What attention reads, by seat."""
         scattered = {}
-        for span in np.flatnonzero(~self.in_run[seats]).tolist():
+        for span in [] if self.in_run.all() else np.flatnonzero(~self.in_run[seats]).tolist():
             cells, aliased = self.entries(seats[span])
             scattered[span] = cells.copy(), aliased.copy()
         return Contexts(self.counts[seats], self.low[:, seats], scattered)
@@ -109,6 +110,7 @@ class SlotPool:
         self._unpreferred: BoolArray = np.ones(self.num_cells, dtype=np.bool_)
         self._cells_in_use = 0
         self._left: list[int] = []
+        self._untouched = 0
 
     @property
     def capacity(self) -> int:
@@ -197,13 +199,19 @@ class SlotPool:
         """`room` cells in a row that are free and nobody prefers, where another table was if possible."""
         while self._left:
             start = self._left.pop()
-            stop = start + room
-            if stop <= self.num_cells and self._free[start:stop].all() and self._unpreferred[start:stop].all():
+            if self._open_ground(start, start + room):
                 return start
+        if self._open_ground(self._untouched, self._untouched + room):
+            self._untouched += room
+            return self._untouched - room
         taken = np.flatnonzero(~(self._free & self._unpreferred))
         edges = np.concatenate(([-1], taken, [self.num_cells]))
         starts = np.flatnonzero(np.diff(edges) > room)
         return int(edges[starts[0]]) + 1 if len(starts) else None
+
+    def _open_ground(self, start: int, stop: int) -> bool:
+        inside = stop <= self.num_cells
+        return inside and bool(self._free[start:stop].all() and self._unpreferred[start:stop].all())
 
     def check_integrity(self, holders: Iterable[int] = ()) -> None:
         """Raise AssertionError unless each cell is free or in one table, and just the `holders` have any."""

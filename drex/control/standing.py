@@ -54,4 +54,4 @@ class Standing(NamedTuple):
     def fills(self, segment: int) -> int:
         """Rows that the requests in a buffer owe there beside their live rows."""
         waiting = self.buffers[segment]
-        return int(self.pending[segment, waiting].sum()) - len(waiting)
+        return int(self.pending[segment, waiting].sum()) - len(waiting) if len(waiting) else 0
