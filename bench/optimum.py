@@ -29,9 +29,9 @@ from drex.engine.metrics import PassRecord
 from drex.request import Request, SamplingParams
 
 PROMPT = 8
-FEWEST = 160
+FEWEST = 96
 """Tokens that a turn has at least, all requests together."""
-console = Console()
+console = Console(width=160)
 
 
 def arguments() -> argparse.Namespace:
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="llama-160m", help="a shape of drex.sim.shapes, or `bundled`")
     parser.add_argument("--exit-rates", default="0.3,0.6,0.8", help="each a run of its own, with one exit")
     parser.add_argument("--in-flight", default="1,4,8,16,32,64")
-    parser.add_argument("--policies", default="full,split,art,consensus,drex,drex+adaptive")
+    parser.add_argument("--policies", default="full,split,art,consensus,drex")
     parser.add_argument("--kv-fill", default="recompute")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--passes", type=int, default=60, help="output tokens of a request; more at few in flight")

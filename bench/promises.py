@@ -29,16 +29,17 @@ from drex.bench.subject import Subject, synthetic
 from drex.bench.traced import Traced
 from drex.bench.yardsticks import yardstick
 from drex.config import EngineConfig
-from drex.control.plan import Evaluations, FloatArray
+from drex.control.plan import Evaluations
 from drex.engine.metrics import PassRecord
 from drex.request import SamplingParams
-from drex.sim.executor import ExitSource, drawn_exits
+from drex.sim.executor import DrawnExits, ExitSource, Said
 from drex.sim.workload import draw_jobs
 
 EXIT_RATE = 0.6
 SLOWDOWN = 1.25
 PACE = 1.5
 PROMPTS, OUTPUTS = (8, 32), (16, 48)
+drawn_exits = DrawnExits()
 console = Console()
 
 
@@ -120,25 +121,26 @@ def show_bounds(found: Sequence[dict[str, Any]]) -> None:
 # Stress
 
 
-def all_exit(segment: int, asked: Evaluations) -> FloatArray:
+def all_exit(segment: int, asked: Evaluations) -> Said:
     """Everybody is sure."""
-    return np.ones(len(asked))
+    return drawn_exits(segment, asked)._replace(confidences=np.ones(len(asked)))
 
 
-def none_exits(segment: int, asked: Evaluations) -> FloatArray:
+def none_exits(segment: int, asked: Evaluations) -> Said:
     """Nobody is sure."""
-    return np.zeros(len(asked))
+    return drawn_exits(segment, asked)._replace(confidences=np.zeros(len(asked)))
 
 
-def alternating(segment: int, asked: Evaluations) -> FloatArray:
+def alternating(segment: int, asked: Evaluations) -> Said:
     """Every other token is sure."""
-    return (asked.positions % 2).astype(np.float64)
+    return drawn_exits(segment, asked)._replace(confidences=(asked.positions % 2).astype(np.float64))
 
 
-def one_never(segment: int, asked: Evaluations) -> FloatArray:
+def one_never(segment: int, asked: Evaluations) -> Said:
     """One request never exits; the others do as they do."""
     never = np.array([draws.request_id.endswith("-0") for draws in asked.draws], dtype=np.bool_)
-    return np.where(never, 0.0, drawn_exits(segment, asked))
+    said = drawn_exits(segment, asked)
+    return said._replace(confidences=np.where(never, 0.0, said.confidences))
 
 
 STRESS: dict[str, tuple[ExitSource, float]] = {
@@ -163,7 +165,7 @@ def stress(subject: Subject, count: int, options: argparse.Namespace) -> list[di
         cells = [Cell("full", count, subject.engine("full", count))]
         for adaptive in (False, True):
             engine = subject.engine("drex", count, adaptive=adaptive)
-            engine.executor = Traced(engine.executor, exits)
+            engine.executor = Traced(engine.executor, exits, engine.scheduler.segments)
             cells.append(Cell("drex+adaptive" if adaptive else "drex", count, engine))
         windows: dict[str, list[list[PassRecord]]] = {cell.policy: [] for cell in cells}
 

@@ -17,6 +17,7 @@ from drex.checkpoint import (
 )
 
 POLICIES = ("drex", "split", "full", "art", "consensus", "majority", "greedy", "latency_only")
+RUN_AHEAD = ("off", "trusted", "lossless")
 SCHEDULES = ("constant", "calm_paper", "calm_code")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -166,6 +167,13 @@ class ExitPlan:
         )
 
 
+def check_run_ahead(mode: str) -> str:
+    """A mode of run-ahead as given; raises ValueError for an unknown one."""
+    if mode not in RUN_AHEAD:
+        raise ValueError(f"run_ahead {mode!r}: choose one of {', '.join(RUN_AHEAD)}")
+    return mode
+
+
 def check_policies(names: Sequence[str]) -> list[str]:
     """Policy names as given; raises ValueError for an unknown one."""
     unknown = [name for name in names if name not in POLICIES]
@@ -236,6 +244,9 @@ class EngineConfig:
         max_wait_passes: a row waits in the rebatching buffer for at most this many passes.
         max_slowdown: bound on how much longer than at full depth a request may take, as a factor; None: no bound.
         adaptive: stop checking exits while that does not pay; output then depends on load.
+        run_ahead: whether a request goes on from what an exit point says without being sure: `off`; `trusted`, which
+            gives the same tokens as early exit; or `lossless`, which gives those of full depth, whatever exits say.
+        max_draft: open rows that a request may have under run-ahead.
         policy: `drex` (rebatching), `split` (flush at once), `full` (no exits), or one of the baselines to compare
             with: `art`, `consensus`, `majority`, `greedy`, `latency_only`.
     """
@@ -248,10 +259,13 @@ class EngineConfig:
     max_wait_passes: int = 32
     max_slowdown: float | None = None
     adaptive: bool = False
+    run_ahead: str = "off"
+    max_draft: int = 4
     policy: str = "drex"
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_fill_rows", "max_wait_passes"):
+        sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_fill_rows", "max_wait_passes")
+        for name in (*sizes, "max_draft"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
         if self.kv_cache_tokens is not None and self.kv_cache_tokens < 2:
@@ -260,6 +274,7 @@ class EngineConfig:
             )
         if self.max_slowdown is not None and not self.max_slowdown >= 1:
             raise ValueError(f"max_slowdown is {self.max_slowdown}: give a factor from 1 on, or None")
+        check_run_ahead(self.run_ahead)
         check_policies([self.policy])
 
     @property

@@ -133,7 +133,20 @@ class Intake:
             arrival=self._arrivals,
             sample=sample,
             score_rule=score_rule,
+            run_ahead=self._run_ahead(params),
         )
+
+    def _run_ahead(self, params: SamplingParams) -> str:
+        """How far a request runs ahead here; raises ValueError where it can't be lossless."""
+        mode = self.config.run_ahead if params.run_ahead is None else params.run_ahead
+        if mode == "lossless" and self.model.exits.kv_fill != "recompute":
+            raise ValueError(
+                f"run_ahead 'lossless' needs exact K/V, and the engine serves kv_fill {self.model.exits.kv_fill!r}: "
+                f"choose kv_fill 'recompute', or run_ahead 'trusted'"
+            )
+        # The baselines decide for a whole batch, and without exits there is nothing to run ahead of.
+        able = self.config.policy in ("drex", "split") and len(self.model.layout.lengths) > 1
+        return mode if able else "off"
 
     @property
     def _last_token(self) -> int:

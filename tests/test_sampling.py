@@ -689,7 +689,7 @@ def test_a_stream_concatenates_to_what_generate_gives(talker):
     params = SamplingParams(n=3, seed=5, max_tokens=14, stop=["a", "東"], ignore_eos=True)
     samples = talker.generate("the cat", params)[0].outputs
     chunks = list(talker.stream("the cat", params))
-    assert len(chunks) == sum(len(sample.tokens) for sample in samples)
+    assert sum(len(chunk.tokens) for chunk in chunks) == sum(len(sample.tokens) for sample in samples)
     for sample in samples:
         own = [chunk for chunk in chunks if chunk.index == sample.index]
         assert "".join(chunk.text for chunk in own) == sample.text

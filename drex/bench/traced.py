@@ -6,13 +6,10 @@ For benchmarks on random weights: what a pass costs is real, whose confidence is
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 
-import numpy as np
-
-from drex.control.plan import Evaluations, Pass, PassResult
+from drex.control.plan import Pass, PassResult
 from drex.engine.executor import Executor
-from drex.sim.executor import ExitSource
+from drex.sim.executor import ExitSource, verdicts
 
 
 class Traced:
@@ -21,11 +18,12 @@ class Traced:
     Args:
         inner: that runs them.
         exits: what exit points say.
+        segments: of the model.
     """
 
-    def __init__(self, inner: Executor, exits: ExitSource) -> None:
-        self.inner, self._exits = inner, exits
-        self._submitted: deque[tuple[int, Evaluations]] = deque()
+    def __init__(self, inner: Executor, exits: ExitSource, segments: int) -> None:
+        self.inner, self._exits, self._segments = inner, exits, segments
+        self._submitted: deque[Pass] = deque()
 
     def now(self) -> float:
         return self.inner.now()
@@ -34,13 +32,13 @@ class Traced:
         self.inner.wait_until(moment)
 
     def submit(self, batch: Pass) -> None:
-        self._submitted.append((batch.segment, batch.evaluations))
+        self._submitted.append(batch)
         self.inner.submit(batch)
 
     def collect(self) -> PassResult:
-        segment, asked = self._submitted.popleft()
-        result = self.inner.collect()
-        if result.verdicts is None or np.isnan(asked.thresholds).all():
+        batch, result = self._submitted.popleft(), self.inner.collect()
+        if result.verdicts is None:
             return result
-        said = self._exits(segment, asked)
-        return PassResult(replace(result.verdicts, confidences=said, exited=said >= asked.thresholds))
+        final = batch.segment == self._segments - 1
+        said = None if final else self._exits(batch.segment, batch.evaluations)
+        return PassResult(verdicts(said, batch.evaluations))

@@ -43,9 +43,9 @@ class ArenaRows:
         self.free += len(positions)
         self._held[seats, positions] = False
 
-    def close(self, seat: int, length: int) -> None:
-        """Take back all rows of a request, of its first `length` positions."""
-        positions = np.flatnonzero(self._held[seat, :length])
+    def close(self, seat: int, stop: int, start: int = 0) -> None:
+        """Take back all rows of a request's positions from `start` to `stop`."""
+        positions = start + np.flatnonzero(self._held[seat, start:stop])
         self.release(np.full(len(positions), seat), positions)
 
     def check_integrity(self) -> None:

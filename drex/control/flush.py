@@ -60,11 +60,15 @@ class ExitRates:
 
 @dataclass(frozen=True)
 class Waiting:
-    """What stands where: `ready` requests before segment 0; live rows and the fills they owe at each segment (0: 0)."""
+    """What stands where: `ready` requests before segment 0; live rows and the fills they owe at each segment (0: 0).
+
+    `chances` are how likely the rows of the ready ones are to be of use, descending; None: all surely are.
+    """
 
     ready: int
     live: Sequence[int]
     fills: Sequence[int]
+    chances: FloatArray | None = None
 
 
 class FlushRule:
@@ -166,7 +170,7 @@ class FlushRule:
         """The segment to run, and how many of the ready rows where that is 0; None if nothing waits anywhere."""
         if waiting.ready and not any(waiting.live):
             return 0, waiting.ready
-        if len(waiting.live) == 3 and any(waiting.live):
+        if len(waiting.live) == 3 and waiting.chances is None:
             chosen = self.outlook.choose(waiting.ready, *waiting.live[1:])
             if chosen is not None:
                 return chosen, waiting.ready
@@ -174,6 +178,8 @@ class FlushRule:
             fewer = self._sizes[: np.searchsorted(self._sizes, waiting.ready)]
             rows = np.append(fewer, float(waiting.ready))
             worth = self._worth(0, rows, 0.0, waiting)
+            if waiting.chances is not None:
+                worth = worth - rows + waiting.chances.cumsum()[rows.astype(np.int64) - 1]
             best = int(worth.argmax())
             if worth[best] > 0:
                 return 0, int(rows[best])
@@ -199,4 +205,6 @@ class FlushRule:
             base = max(1.0, held)
             flush = self.seconds(deeper, np.append(base + live, base), np.append(owed + fills + rows - live, owed))
             seconds = seconds + flush[:-1] - flush[-1]
-        return rows - self.earning * seconds
+        # Under run-ahead more may be earned than what is solved without.
+        ahead = 0.0 if waiting.chances is None else self.achieved or 0.0
+        return rows - max(self.earning, ahead) * seconds

@@ -189,6 +189,23 @@ class Placement:
                     self._append_aliases(segment, skipping, self.pool.tables[segment].counts[skipping], positions)
                 reached[segment + 1, skipping] += 1
 
+    def roll_back(self, seat: int, keep: int) -> None:
+        """Take back all that a request has beyond its first `keep` positions, which segment 0 has seen."""
+        known, claimed = self.seats, self.claimed(seat)
+        end = int(known.claimed_length[seat])
+        for segment, table in enumerate(self.pool.tables):
+            entries = min(keep, int(known.reached[segment + 1, seat]))
+            if self.kv_fill == "mask":
+                entries = int((known.depth[seat, :entries] > segment).sum())
+            self.pool.cut(table, seat, entries)
+        self.arena.close(seat, end, start=keep)
+        known.reached[1:, seat] = np.minimum(known.reached[1:, seat], keep)
+        known.depth[seat, keep:end] = self.segments
+        known.confidence[:, seat, keep:end] = np.nan
+        known.agreeing[1, seat, keep:end] = 0
+        known.claimed_length[seat] = min(end, keep)
+        self.pool.claim(self.claimed(seat) - claimed)
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless slots and arena rows agree with the requests that run."""
         held_by = [request.seat for request in self.seats if request.seat is not None]

@@ -39,6 +39,7 @@ class View:
         owed: decided rows that owe K/V there, of all requests.
         decoding: requests that have their first token.
         context: mean K/V entries of a request.
+        chances: how likely the next row of each of the `ready` is to be of use, descending; None: all surely are.
     """
 
     pass_number: int
@@ -53,6 +54,7 @@ class View:
     owed: Sequence[int]
     decoding: int
     context: float
+    chances: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Drex(Split):
                 return Choice(segment)
         if view.prompts:
             return Choice(0, view.ready)
-        chosen = self.rule.choose(Waiting(view.ready, view.live, view.fills))
+        chosen = self.rule.choose(Waiting(view.ready, view.live, view.fills, view.chances))
         return None if chosen is None else Choice(*chosen)
 
     def _late_next(self, view: View, segment: int) -> bool:

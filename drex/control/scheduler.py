@@ -22,7 +22,8 @@ from drex.config import EngineConfig
 from drex.control.arena import ArenaRows
 from drex.control.cost import CostModel, Load
 from drex.control.deadlines import Deadlines
-from drex.control.decisions import Asked, ask, record
+from drex.control.decisions import Asked, Decisions
+from drex.control.drafts import Drafts
 from drex.control.placement import Placed, Placement
 from drex.control.plan import BoolArray, IntArray, Pass, PassResult, Verdicts
 from drex.control.policies import POLICIES, Checks, Choice, View
@@ -56,8 +57,11 @@ class Scheduler:
         assert cost.segments == len(layout.lengths)
         self.config, self.layout, self.cost = config, layout, cost
         self.segments = len(layout.lengths)
-        self.seats = Seats(config.max_num_seqs, self.segments, config.max_model_len)
+        # The last token has a place among what is known, though it is never run.
+        self.seats = Seats(config.max_num_seqs, self.segments, config.max_model_len + 1)
         self.placement = Placement(layout, kv_fill, config.kv_cache_tokens, config.arena_rows, self.seats)
+        self.drafts = Drafts(self.seats, self.placement, config.max_draft)
+        self.decisions = Decisions(self.seats, self.placement, self.drafts)
         self.selection = Selection(config, self.placement, self.seats, cost)
         self.policy = POLICIES[config.policy](config, cost, kv_fill)
         self.deadlines = Deadlines(config.max_slowdown)
@@ -96,7 +100,7 @@ class Scheduler:
                 f"{asked} need K/V for {length} tokens and the pool holds {self.config.kv_cache_tokens}: "
                 f"shorten one of them, or raise kv_cache_tokens"
             )
-        if length >= self.config.max_model_len:
+        if length > self.config.max_model_len:
             raise ValueError(
                 f"{asked} are more than the {self.config.max_model_len} tokens that a request may have: "
                 f"shorten one of them, or raise max_model_len"
@@ -136,6 +140,7 @@ class Scheduler:
             return False
         request = candidates[-1]
         self._drop(request)
+        request.forget_drafts()
         bisect.insort(self.waiting, request, key=urgency)
         self.preemptions += 1
         return True
@@ -183,10 +188,12 @@ class Scheduler:
                     return Choice(segment, fills=True)
         if sum(standing.owed) > self.config.max_fill_rows:
             return Choice(max(range(1, self.segments), key=lambda s: standing.owed[s]), fills=True)
+        chances = self.seats.chance[standing.ready]
         self.view = View(
             pass_number=self.passes,
             now=now,
             ready=fit,
+            chances=np.sort(chances)[::-1][:fit] if (chances < 1).any() else None,
             prompts=prompts,
             live=live,
             fills=[standing.fills(segment) for segment in range(self.segments)],
@@ -207,7 +214,7 @@ class Scheduler:
         starts = seats.reached[segment + 1, spans]
         stops = starts + counts
         placed = self.placement.place(segment, spans, starts, stops)
-        asked = ask(seats, segment, spans, stops, placed, checking=checking)
+        asked = self.decisions.ask(segment, spans, placed, checking=checking)
         self.unchecked += asked.unasked
         seats.idle[spans] = False
         decoding = standing.decoding[spans]
@@ -251,20 +258,18 @@ class Scheduler:
     def _advance(self, done: Pass, work: Work, verdicts: Verdicts, now: float) -> list[Request]:
         """Rows have passed a segment: they are decided, or wait for the next one. Returns who got a token."""
         seats, segment, asked = self.seats, done.segment, work.asked
-        with_live_row = work.spans[done.stops == seats.reached[0, work.spans]]
+        settled = seats.settled[work.spans]
+        with_live_row = (done.starts < settled) & (settled <= done.stops)
         seats.reached[segment + 1, work.spans] = done.stops
         self.placement.passed(segment, work.placed)
-        decided = record(seats, segment, asked, verdicts, self._exits(segment, asked, verdicts))
-        of, positions = asked.seats[decided], asked.evaluations.positions[decided]
-        if segment < self.segments - 1:
-            self.placement.exited(of, positions, segment + 1)
+        emitted = self.decisions.take_in(segment, asked, verdicts, self._exits(segment, asked, verdicts))
         self.placement.skip_ahead(work.spans)
-        # Where a token was decided, there is one more now that the segment has not seen.
-        undecided = seats.reached[segment + 1, with_live_row] == seats.reached[0, with_live_row]
-        self._wait(with_live_row[undecided], segment + 1, now)
-        touched: list[Request] = seats.requests[asked.seats[: asked.live][decided[: asked.live]]].tolist()
-        self._emit(touched, work, now)
-        return touched
+        seats.since[work.spans[with_live_row]] = self.passes
+        undecided = work.spans[with_live_row & (seats.settled[work.spans] == settled)]
+        if np.isfinite(seats.due[undecided]).any():
+            self._late_already(undecided, segment + 1, now)
+        self._emit(emitted, work, now)
+        return [request for request, _ in emitted]
 
     def _exits(self, segment: int, asked: Asked, verdicts: Verdicts) -> BoolArray:
         """Which evaluated rows exit: of the live rows those that the policy lets, of the scored ones all that can."""
@@ -276,23 +281,21 @@ class Scheduler:
         self.policy.rates.observe(segment, asked.live, int(allowed.sum()))
         return np.concatenate((allowed, verdicts.exited[asked.live :]))
 
-    def _wait(self, spans: IntArray, segment: int, now: float) -> None:
-        """Live rows have come to a buffer."""
-        self.seats.since[spans] = self.passes
-        due = self.seats.due[spans]
-        if np.isfinite(due).any():
-            standing = Standing.of(self.seats)
-            live, fills = [len(b) for b in standing.buffers], [standing.fills(s) for s in range(self.segments)]
-            ahead = self.policy.rule.seconds_ahead(segment, live, fills)
-            self.deadlines.buffered(due, now, ahead)
+    def _late_already(self, spans: IntArray, segment: int, now: float) -> None:
+        """Live rows have come to a buffer: count those whose tokens can't be in time any more."""
+        standing = Standing.of(self.seats)
+        live, fills = [len(b) for b in standing.buffers], [standing.fills(s) for s in range(self.segments)]
+        ahead = self.policy.rule.seconds_ahead(segment, live, fills)
+        self.deadlines.buffered(self.seats.due[spans], now, ahead)
 
-    def _emit(self, touched: list[Request], work: Work, now: float) -> None:
-        """Requests got a token: it sets when the next is due, and may be the last."""
+    def _emit(self, emitted: list[tuple[Request, int]], work: Work, now: float) -> None:
+        """Requests got tokens: they set when the next is due, and may be the last."""
         full_step = self.policy.rule.full_step(self.seats.decoding)
-        for request in touched:
+        for request, count in emitted:
             self.deadlines.emitted(request, now, full_step)
             self.seats.due[request.seat] = request.due
-            work.decided += request.num_output > 1
+            # The first token of a request comes from its prompt.
+            work.decided += count - (count == request.num_output)
             reason = request.abort_asked or request.ending()
             if reason is not None:
                 self.finish(request.request_id, reason)

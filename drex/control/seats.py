@@ -33,10 +33,15 @@ class Seats:
         reached: how many positions have come to each segment: known tokens at the first, positions with K/V at all
             segments last. (segments + 1, seats).
         prompt: its length.
+        settled: tokens that are certain, the prompt's included; `reached` counts tentative ones too.
+        drafting, lossless: whether the request runs ahead of what is settled, and whether no exit decides anything.
+        ended: whether the last token ends the text, if it is right.
+        chance: how likely what the next row stands on is right.
         claimed_length: positions whose slots are claimed.
         since: the pass at which the live row came to where it waits.
         due: when the next token is due; pace: the target for each. Seconds, infinite where there is none.
-        threshold: of the live row at each exit; NaN where it may not exit. (segments - 1, seats).
+        threshold: of the first row that is not settled at each exit; NaN where it may not exit. (segments - 1, seats).
+        decaying: whether later rows have other thresholds.
         scored: whether prompt rows are measured; patient: whether any of its rules counts agreeing exits.
         restricted: whether some tokens may be banned, because `min_tokens` is not reached.
         token: what stands at each position. (seats, room).
@@ -51,11 +56,17 @@ class Seats:
         self.idle: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.reached: IntArray = np.zeros((segments + 1, seats), dtype=np.int64)
         self.prompt: IntArray = np.zeros(seats, dtype=np.int64)
+        self.settled: IntArray = np.zeros(seats, dtype=np.int64)
+        self.drafting: BoolArray = np.zeros(seats, dtype=np.bool_)
+        self.lossless: BoolArray = np.zeros(seats, dtype=np.bool_)
+        self.ended: BoolArray = np.zeros(seats, dtype=np.bool_)
+        self.chance: FloatArray = np.ones(seats)
         self.claimed_length: IntArray = np.zeros(seats, dtype=np.int64)
         self.since: IntArray = np.zeros(seats, dtype=np.int64)
         self.due: FloatArray = np.full(seats, np.inf)
         self.pace: FloatArray = np.full(seats, np.inf)
         self.threshold: FloatArray = np.full((segments - 1, seats), np.nan)
+        self.decaying: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.scored: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.patient: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.restricted: BoolArray = np.zeros(seats, dtype=np.bool_)
@@ -85,7 +96,7 @@ class Seats:
     @property
     def decoding(self) -> int:
         """Requests that have a token."""
-        return int((self.reached[0] > self.prompt).sum())
+        return int((self.settled > self.prompt).sum())
 
     def sit(self, request: Request) -> int:
         """Give a request a seat; it starts from its record, with no K/V."""
@@ -94,8 +105,11 @@ class Seats:
         self.idle[seat] = True
         self.reached[:, seat] = 0
         self.reached[0, seat] = len(request.tokens)
-        self.prompt[seat] = len(request.prompt)
+        self.prompt[seat], self.settled[seat] = len(request.prompt), len(request.tokens)
+        self.drafting[seat], self.lossless[seat] = request.run_ahead != "off", request.run_ahead == "lossless"
+        self.ended[seat], self.chance[seat] = False, 1.0
         self.due[seat], self.pace[seat] = request.due, pace(request.params)
+        self.decaying[seat] = request.rule.schedule != "constant"
         self.scored[seat] = request.score_rule is not None
         self.restricted[seat] = request.params.min_tokens > 0
         self.token[seat, : len(request.tokens)] = request.tokens
@@ -117,13 +131,14 @@ class Seats:
         assert self.idle[seat]
         self.requests[seat] = request.seat = None
         self.idle[seat] = False
-        self.reached[:, seat] = self.prompt[seat] = 0
+        self.reached[:, seat] = self.prompt[seat] = self.settled[seat] = 0
+        self.drafting[seat] = self.lossless[seat] = False
         self.due[seat] = self.pace[seat] = np.inf
         self.scored[seat] = self.patient[seat] = self.restricted[seat] = False
         heapq.heappush(self._empty, seat)
 
     def look_ahead(self, request: Request) -> None:
-        """Set the thresholds of the live row, for a request with a new token. A first token never exits early."""
+        """Set the thresholds of the row after the last settled token. A first token never exits early."""
         number = request.num_output
         for exit_index in range(self.segments - 1):
             threshold = request.rule.threshold(exit_index, number, request.max_tokens) if number else None

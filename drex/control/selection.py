@@ -78,13 +78,13 @@ class Selection:
         return picked[:, 0], picked[:, 1]
 
     def _shallow(self, choice: Choice, standing: Standing, now: float) -> Picked:
-        """Decode rows, those that are due first where not all go, then prompts and replays in chunks."""
+        """Decode rows, the surest and then those that are due first where not all go; then prompts in chunks."""
         ready, urgent = standing.ready, standing.urgent[0]
         if choice.ready == len(ready) <= self._surely():
             chosen = ready, np.ones_like(ready)
         else:
             ready = self.seats.by_urgency(ready)
-            order = np.argsort(self.seats.due[ready], kind="stable")
+            order = np.lexsort((self.seats.due[ready], -self.seats.chance[ready]))
             chosen = self._fitting(ready[order], standing, choice.ready)
         if not len(urgent):
             return chosen

@@ -186,6 +186,21 @@ class SlotPool:
         table.aliased[seats, entries] = True
         table.in_run[seats] = False
 
+    def cut(self, table: SegmentTables, seat: int, entries: int) -> None:
+        """Free all but the first so many entries of a table."""
+        count = int(table.counts[seat])
+        if count <= entries:
+            return
+        own = table.cells[:, seat, entries:count][:, ~table.aliased[seat, entries:count]]
+        self._free[own] = True
+        self._cells_in_use -= own.size
+        table.aliased[seat, entries:count] = False
+        table.counts[seat] = entries
+        if not table.in_run[seat]:
+            cells, aliased = table.entries(seat)
+            run = table.low[:, seat, None] + np.arange(entries)
+            table.in_run[seat] = not aliased.any() and bool((cells == run).all())
+
     def _elsewhere(self, count: int) -> IntArray:
         """Free cells, those that nobody prefers first; marked as taken."""
         cells = np.flatnonzero(self._free & self._unpreferred)[:count]

@@ -18,12 +18,13 @@ class Standing(NamedTuple):
 
     Attributes:
         pending: positions that have come to each segment and not passed it. Shape (segments, seats).
-        decoding: whether only the live row has still to pass the first segment, no prompt or replay. (seats,).
-        ready: decoding requests before the first segment.
-        buffers: for each segment, decoding requests whose live row waits there; empty for the first.
+        decoding: whether a request has a token, and no prompt or replay still to pass the first segment. (seats,).
+        ready: decoding requests with a row before the first segment, which may stand on tentative tokens.
+        buffers: for each segment, decoding requests whose first row that is not settled waits there; empty for the
+            first.
         urgent: for each segment, requests that catch up and have positions there: prompts, replays, rows of a first
             token.
-        owed: for each segment, rows of decoding requests whose token is decided and that owe K/V there next.
+        owed: for each segment, rows of decoding requests that are to pass there next beside those in the buffer.
     """
 
     pending: IntArray
@@ -36,13 +37,13 @@ class Standing(NamedTuple):
     @classmethod
     def of(cls, seats: Seats) -> Standing:
         """Look at all seats."""
-        reached, length = seats.reached, seats.reached[0]
+        reached, settled = seats.reached, seats.settled
         pending = reached[:-1] - reached[1:]
-        decoding = seats.idle & (length > seats.prompt) & (reached[1] >= length - 1)
-        # The live row is the last one: it waits where it has come to and not passed.
-        arrived = [decoding & (pending[0] > 0)]
+        # The first row that is not settled stands at position settled - 1.
+        decoding = seats.idle & (settled > seats.prompt) & (reached[1] >= settled - 1)
+        arrived = [decoding & (pending[0] > 0) & ~seats.ended]
         for segment in range(1, seats.segments):
-            arrived.append(decoding & (reached[segment] == length) & (pending[segment] > 0))
+            arrived.append(decoding & (reached[segment] >= settled) & (reached[segment + 1] < settled))
         ready, *buffers = [np.flatnonzero(waits) for waits in arrived]
         catching_up, nobody = seats.idle & ~decoding, ready[:0]
         urgent = [nobody] * seats.segments

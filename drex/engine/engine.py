@@ -175,6 +175,7 @@ class Engine:
             "involuntary_exits": metrics.involuntary_exits,
             "involuntary_stays": metrics.involuntary_stays,
             "unchecked": scheduler.unchecked,
+            "run_ahead": scheduler.drafts.report(),
             "late": scheduler.deadlines.late,
             "infeasible": scheduler.deadlines.infeasible,
             "preemptions": scheduler.preemptions,
@@ -200,6 +201,9 @@ class Engine:
         for number, record in enumerate(request.records[len(sample.tokens) :], len(sample.tokens) + 1):
             may_stop = number >= request.params.min_tokens
             fresh.append(self.token_output(record, sample.detokenizer.push(record.token_id, may_stop)))
+            if sample.detokenizer.stopped_at is not None:
+                # Under run-ahead several tokens come at once: what comes behind a stop string doesn't count.
+                del request.records[number:], request.tokens[len(request.prompt) + number :]
         self.stats.tokens += len(fresh)
         if sample.detokenizer.stopped_at is not None:
             request.stop_reason = sample.detokenizer.stopped_at

@@ -19,7 +19,7 @@ from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
 from drex.engine.engine import Engine
 from drex.request import Request, SamplingParams
-from drex.sim.executor import ExitSource, RecordedExits, VirtualExecutor, drawn_exits
+from drex.sim.executor import ExitSource, RecordedExits, VirtualExecutor
 from drex.sim.workload import Job
 
 LABEL = "simulated: costs of a model of the machine, exits drawn or recorded"
@@ -50,7 +50,7 @@ class Scenario:
         lengths, profile = self.lengths, self.profile
         if policy == "full":
             lengths, profile = (sum(lengths),), merged(profile)
-        exits: ExitSource = drawn_exits
+        exits: ExitSource | None = None
         if self.depths:
             exits = RecordedExits({f"{n}": self.depths[n % len(self.depths)] for n in range(requests)})
         cost = CostModel(profile)
