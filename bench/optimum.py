@@ -84,16 +84,10 @@ def requests(subject: Subject, cell: Cell, tokens: int) -> list[tuple[float, Req
     ]
 
 
-def cell_of(subject: Subject, name: str, in_flight: int) -> Cell:
-    """A policy's; `+adaptive` behind its name stops checks that do not pay."""
-    policy, _, adaptive = name.partition("+")
-    return Cell(name, in_flight, subject.engine(policy, in_flight, adaptive=bool(adaptive)))
-
-
 def measure(subject: Subject, in_flight: int, options: argparse.Namespace) -> dict[str, Any]:
     """All policies at one count in flight."""
     tokens = max(options.passes, FEWEST // in_flight)
-    cells = [cell_of(subject, name, in_flight) for name in options.policies.split(",")]
+    cells = [Cell(policy, in_flight, subject.engine(policy, in_flight)) for policy in options.policies.split(",")]
     windows: dict[str, list[list[PassRecord]]] = {cell.policy: [] for cell in cells}
 
     def told(cell: Cell) -> None:

@@ -163,10 +163,10 @@ def stress(subject: Subject, count: int, options: argparse.Namespace) -> list[di
     for name, (exits, factor) in STRESS.items():
         subject.profiles = {segments: profile.scaled(factor) for segments, profile in honest.items()}
         cells = [Cell("full", count, subject.engine("full", count))]
-        for adaptive in (False, True):
-            engine = subject.engine("drex", count, adaptive=adaptive)
+        for policy in ("drex", "drex+adaptive"):
+            engine = subject.engine(policy, count)
             engine.executor = Traced(engine.executor, exits, engine.scheduler.segments)
-            cells.append(Cell("drex+adaptive" if adaptive else "drex", count, engine))
+            cells.append(Cell(policy, count, engine))
         windows: dict[str, list[list[PassRecord]]] = {cell.policy: [] for cell in cells}
 
         def told(cell: Cell, windows: dict[str, list[list[PassRecord]]] = windows) -> None:

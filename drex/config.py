@@ -18,6 +18,12 @@ from drex.checkpoint import (
 
 POLICIES = ("drex", "split", "full", "art", "consensus", "majority", "greedy", "latency_only")
 RUN_AHEAD = ("off", "trusted", "lossless")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "run-ahead": {"run_ahead": "trusted"},
+    "lossless": {"run_ahead": "lossless"},
+    "adaptive": {"adaptive": True},
+}
+"""What a benchmark can switch on beside the policy `drex`."""
 SCHEDULES = ("constant", "calm_paper", "calm_code")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -155,7 +161,7 @@ class ExitPlan:
             raise ValueError(f"early_exit.layers {missing}: the engine has exits after layers {list(self.layers)}")
         base = dict(zip(self.layers, self.rule.thresholds, strict=True))
         if request.thresholds is not None:
-            base.update(zip(allowed, _per_exit(request.thresholds, len(allowed)), strict=True))
+            base.update(zip(allowed, per_exit(request.thresholds, len(allowed)), strict=True))
         thresholds = tuple(
             base[layer] if layer in allowed and layer >= request.min_layer else None for layer in self.layers
         )
@@ -174,6 +180,15 @@ def check_run_ahead(mode: str) -> str:
     return mode
 
 
+def check_lossless(mode: str, kv_fill: str) -> None:
+    """Raise ValueError for a mode of run-ahead that the engine's K/V fill can't serve."""
+    if mode == "lossless" and kv_fill != "recompute":
+        raise ValueError(
+            f"run_ahead 'lossless' needs exact K/V, and the engine serves kv_fill {kv_fill!r}: "
+            f"choose kv_fill 'recompute', or run_ahead 'trusted'"
+        )
+
+
 def check_policies(names: Sequence[str]) -> list[str]:
     """Policy names as given; raises ValueError for an unknown one."""
     unknown = [name for name in names if name not in POLICIES]
@@ -182,11 +197,28 @@ def check_policies(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
+def policy_settings(name: str) -> dict[str, Any]:
+    """What a benchmark's policy sets in an `EngineConfig`: a policy, and what else is to be switched on.
+
+    `drex+run-ahead`, `drex+lossless` and `drex+adaptive` are `drex` with that. Raises ValueError for an unknown name.
+    """
+    policy, *further = name.split("+")
+    check_policies([policy])
+    settings: dict[str, Any] = {"policy": policy}
+    for each in further:
+        if policy != "drex" or each not in VARIANTS:
+            known = ", ".join(f"drex+{variant}" for variant in VARIANTS)
+            raise ValueError(f"policy {name!r}: choose one of {', '.join(POLICIES)}, {known}")
+        settings |= VARIANTS[each]
+    return settings
+
+
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _per_exit(thresholds: float | Sequence[float], count: int) -> tuple[float, ...]:
+def per_exit(thresholds: float | Sequence[float], count: int) -> tuple[float, ...]:
+    """Thresholds, one for each of so many exits; raises ValueError where they are not one, nor as many."""
     values = tuple(thresholds) if isinstance(thresholds, Sequence) else (thresholds,) * count
     if len(values) != count:
         raise ValueError(f"thresholds {list(values)}: give one number, or one for each of {count} exits")
@@ -220,7 +252,7 @@ def resolve_exits(asked: EarlyExit | None, recorded: EarlyExitFile | None, num_l
         )
     check_exit_layers(list(layers), num_layers)
     if asked.thresholds is not None:
-        thresholds = _per_exit(asked.thresholds, len(layers))
+        thresholds = per_exit(asked.thresholds, len(layers))
     elif recorded is not None and set(layers) <= set(known):
         of_layer = dict(zip(known, recorded.thresholds, strict=True))
         thresholds = tuple(of_layer[layer] for layer in layers)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from drex.compute.load import LoadedModel, inspect_model, load_model
 from drex.compute.segments import SegmentRunner
-from drex.config import EarlyExit, EngineConfig
+from drex.config import EarlyExit, EngineConfig, check_lossless
 from drex.control.cost import CostModel
 from drex.control.profile import Profile
 from drex.control.scheduler import Scheduler
@@ -92,6 +92,7 @@ class LLM:
         )
         exits = EarlyExit.off() if policy == "full" else early_exit
         self.model: LoadedModel = load_model(inspect_model(model, exits, dtype, device))
+        check_lossless(run_ahead, self.model.exits.kv_fill)
         self.config = _fit(asked, self.model, max_model_len)
         self.tokenizer = load_tokenizer(self.model.folder if tokenizer is None else Path(tokenizer))
         assert self.config.kv_cache_tokens is not None

@@ -133,12 +133,21 @@ def _summary(cell: Cell, found: Found | None, layers: Sequence[int]) -> dict[str
         "cost_error": scheduler.cost.error_quantiles(),
         "slots": {"peak": cell.engine.stats.peak_slots, "capacity": scheduler.pool.capacity},
         "preemptions": scheduler.preemptions,
+        "run_ahead": _run_ahead(cell) if scheduler.config.run_ahead != "off" else None,
         "late": scheduler.deadlines.late,
         "infeasible": scheduler.deadlines.infeasible,
         "quality": None,
         "time": _time(cell, len(layers)),
         "occupancy": _occupancy(cell.history),
     }
+
+
+def _run_ahead(cell: Cell) -> dict[str, Any]:
+    """Drafts, and how many tokens a flush brought: a pass over the last segment, that no prompt took part in."""
+    last = cell.engine.scheduler.segments - 1
+    flushes = [record.tokens for record in cell.history if record.segment == last and not record.prompts]
+    per_flush = sum(record.tokens for record in cell.history if not record.prompts) / max(1, len(flushes))
+    return {**cell.engine.scheduler.drafts.report(), "tokens_per_flush": per_flush}
 
 
 def decode_rate(history: Sequence[PassRecord]) -> float | None:
