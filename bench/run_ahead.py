@@ -24,14 +24,11 @@ from rich.table import Table
 
 from drex.bench import machine
 from drex.bench.bench import Workload, random_prompts
-from drex.bench.runner import Cell
+from drex.bench.runner import Cell, while_all_decode
 from drex.bench.subject import Subject, held_out_prompts, synthetic, trained
 from drex.bench.traced import Traced
 from drex.bench.yardsticks import yardstick
 from drex.config import EngineConfig
-from drex.engine.driver import serve
-from drex.engine.engine import Emitted
-from drex.engine.metrics import PassRecord
 from drex.llm import LLM
 from drex.request import SamplingParams
 from drex.sim.executor import ExitSource, RecordedConfidences
@@ -53,7 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--in-flight", default="1,4,8,16,32,64")
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--tokens", type=int, default=40, help="of each request; more at few in flight")
+    parser.add_argument("--tokens", type=int, default=64, help="of each request; more at few in flight")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument(
         "--trace-tokens", type=int, default=16384, help="held-out tokens whose confidences are recorded"
@@ -70,26 +67,6 @@ def recorded(tokens: int) -> RecordedConfidences:
     both = (np.concatenate([np.array(each[name][:1]) for each in said], axis=1) for name in ("confidences", "right"))
     certain, right = both
     return RecordedConfidences(certain.astype(np.float64), right.astype(np.bool_))
-
-
-def one_turn(cell: Cell, work: Workload, subject: Subject, turn: int) -> list[PassRecord]:
-    """Serve N requests; returns the passes of the window."""
-    engine = cell.engine
-    engine.history = history = []
-    started: set[str] = set()
-    edges: list[int] = []
-
-    def each(emitted: Emitted) -> None:
-        name, _, done = emitted
-        started.add(name)
-        if len(started) == cell.in_flight and not edges:
-            edges.append(len(history))
-        if done is not None and len(edges) == 1:
-            edges.append(len(history))
-
-    serve(engine, work.requests(subject, engine, turn), each, closed=True)
-    assert len(edges) == 2, "a request ended before all had begun: give more --tokens"
-    return list(history[edges[0] : edges[1]])
 
 
 def measure(subject: Subject, count: int, exits: ExitSource | None, options: argparse.Namespace) -> dict[str, Any]:
@@ -109,7 +86,7 @@ def measure(subject: Subject, count: int, exits: ExitSource | None, options: arg
     speeds: dict[str, list[float]] = {cell.policy: [] for cell in cells}
     for turn in range(options.repeats + 1):
         for cell in cells:
-            passes = one_turn(cell, work, subject, turn)
+            passes = while_all_decode(cell.engine, work.requests(subject, cell.engine, turn), count)
             # The first turn warms up costs, rates and acceptance.
             if turn:
                 cell.history.extend(passes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,17 @@ from rich.table import Table
 from run_ahead import recorded
 
 from drex.bench import machine
-from drex.bench.runner import Cell
+from drex.bench.runner import Cell, while_all_decode
+from drex.bench.yardsticks import yardstick
 from drex.config import EngineConfig, policy_settings
 from drex.control.flush import FlushRule, Waiting
 from drex.request import SamplingParams
 from drex.sim.machines import MACHINES, roofline
 from drex.sim.shapes import SHAPES
-from drex.sim.simulate import Scenario, run
+from drex.sim.simulate import Scenario
 from drex.sim.workload import Job
 
-PROMPT, TOKENS = 16, 96
+PROMPT, TOKENS = 16, 256
 POLICIES = ("full", "drex", "drex+run-ahead", "drex+lossless")
 SHARES = (0.25, 0.4, 0.55, 0.7, 0.85, 1.0)
 CHANCES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6)
@@ -75,41 +77,38 @@ def config_for(count: int) -> EngineConfig:
     return EngineConfig(longest, count, 2048, count * longest, max(256, 8 * count))
 
 
-def jobs_for(count: int) -> list[Job]:
-    """A closed loop of a few rounds, more at few in flight."""
-    return [Job(PROMPT, TOKENS)] * max(24, 4 * count)
+def serve(scenario: Scenario, name: str, count: int, fixed: tuple[int, float, int] | None = None) -> Cell:
+    """A policy while all N decode, after a turn that warms up; `fixed` is (flush size, least chance, cap)."""
+    config = replace(config_for(count), **policy_settings(name))
+    if fixed is not None:
+        config = replace(config, max_draft=fixed[2])
+    cell = Cell(name, count, scenario.engine(config.policy, config, count))
+    scheduler = cell.engine.scheduler
+    if fixed is not None:
+        old = scheduler.policy.rule
+        scheduler.policy.rule = rule = FixedRule(old.cost, old.rates, scenario.kv_fill, len(old.counts) - 1)
+        rule.flush_at, rule.least = fixed[:2]
+    for turn in range(2):
+        jobs = [Job(PROMPT, TOKENS)] * count
+        requests = list(scenario.requests(jobs, scheduler.segments, config.run_ahead))
+        for number, (_, request) in enumerate(requests):
+            request.request_id, request.seed = f"{turn}/{number}", turn * count + number
+        cell.history = while_all_decode(cell.engine, requests, count)
+    return cell
 
 
-def search(scenario: Scenario, count: int, mode: str) -> dict[str, Any]:
-    """The online rule against the best of the fixed ones. Decoding rates, tokens a second."""
-    settings = policy_settings(f"drex+{mode}")
-    jobs = jobs_for(count)
+def speed(cell: Cell) -> float:
+    """Tokens a second."""
+    return sum(record.tokens for record in cell.history) / sum(record.seconds for record in cell.history)
 
-    def rate(cap: int, flush_at: int | None = None, least: float = 0.0) -> float:
-        config = replace(config_for(count), **settings, max_draft=cap)
-        engine = scenario.engine("drex", config, len(jobs))
-        policy = engine.scheduler.policy
-        if flush_at is not None:
-            rule = FixedRule(policy.rule.cost, policy.rates, scenario.kv_fill, len(policy.rule.counts) - 1)
-            rule.flush_at, rule.least = flush_at, least
-            policy.rule = rule
-        cell = Cell("drex", count, engine)
-        cell.run(scenario.requests(jobs, engine.scheduler.segments, config.run_ahead))
-        plain = [record for record in cell.history if not record.prompts]
-        return sum(record.tokens for record in plain) / sum(record.seconds for record in plain)
 
+def search(scenario: Scenario, count: int, name: str) -> dict[str, Any]:
+    """The online rule against the best of the fixed ones."""
     sizes = sorted({max(1, round(share * count)) for share in SHARES})
-    tried = {each: rate(each[2], each[0], each[1]) for each in itertools.product(sizes, CHANCES, CAPS)}
+    tried = {each: speed(serve(scenario, name, count, each)) for each in itertools.product(sizes, CHANCES, CAPS)}
     best = max(tried, key=lambda each: tried[each])
-    ours = rate(4)
-    return {
-        "in_flight": count,
-        "mode": mode,
-        "rule": ours,
-        "best": tried[best],
-        "at": best,
-        "share": ours / tried[best],
-    }
+    ours = speed(serve(scenario, name, count))
+    return {"in_flight": count, "policy": name, "rule": ours, "best": tried[best], "at": best}
 
 
 def main() -> None:
@@ -129,32 +128,28 @@ def main() -> None:
         table = Table("N", "full tok/s", "θ*", "ideal", *POLICIES[1:], "accepted", title=f"{name}, {costs.source}")
         rows = []
         for count in map(int, options.in_flight.split(",")):
-            runs = run(scenario, POLICIES, jobs_for(count), config_for(count))["runs"]
-            full = runs[0]["decode_tokens_per_s"]
-            drafts = runs[2]["run_ahead"]
-            rows.append({"in_flight": count, "runs": runs})
-            table.add_row(
-                str(count),
-                f"{full:.0f}",
-                *(f"{runs[1][key] / full:.2f}" if runs[1][key] else "" for key in ("theta_star", "ideal")),
-                *(f"{each['decode_tokens_per_s'] / full:.2f}" for each in runs[1:]),
-                f"{drafts['accepted'] / max(1, drafts['verified']):.2f}",
-            )
+            cells = [serve(scenario, policy, count) for policy in POLICIES]
+            found = yardstick(cells[:2])
+            assert found is not None
+            full, *others = (speed(cell) for cell in cells)
+            drafts = cells[2].engine.scheduler.drafts.report()
+            accepted = drafts["accepted"] / max(1, drafts["verified"])
+            facts = {"in_flight": count, "full": full, "theta_star": found.optimal, "ideal": found.ideal}
+            rows.append({**facts, **dict(zip(POLICIES[1:], others, strict=True)), "drafts": drafts})
+            relative = [value / full if value else math.nan for value in (found.optimal, found.ideal, *others)]
+            table.add_row(str(count), f"{full:.0f}", *(f"{value:.2f}" for value in relative), f"{accepted:.2f}")
         report["shapes"][name] = rows
         console.print(table)
         if number == 0 and options.search:
-            for count, mode in itertools.product(map(int, options.search.split(",")), ("run-ahead", "lossless")):
-                found = search(scenario, count, mode)
-                report["search"].append(found)
+            for count, policy in itertools.product(map(int, options.search.split(",")), POLICIES[2:]):
+                searched = search(scenario, count, policy)
+                report["search"].append(searched)
                 console.print(
-                    f"{mode}, {count} in flight: the rule {found['rule']:.0f} tokens/s, the best of the fixed ones "
-                    f"{found['best']:.0f} (flush at, least chance, cap: {found['at']}): {found['share']:.3f}"
+                    f"{policy}, {count} in flight: the rule {searched['rule']:.0f} tokens/s, the best fixed one "
+                    f"{searched['best']:.0f} (flush at, least chance, cap: {searched['at']}): "
+                    f"{searched['rule'] / searched['best']:.3f}"
                 )
     if options.json:
-        for rows in report["shapes"].values():
-            for row in rows:
-                for each in row["runs"]:
-                    each.pop("occupancy")
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

@@ -91,6 +91,27 @@ def take_turns(
             told(cell)
 
 
+def while_all_decode(engine: Engine, arrivals: Arrivals, count: int) -> list[PassRecord]:
+    """Serve `count` requests that come at once; returns the passes from when all have a token until one is done.
+
+    What waits at its end has cost something and brought nothing yet: outputs should be long.
+    """
+    history: list[PassRecord] = []
+    engine.history = history
+    started: set[str] = set()
+    edges: list[int] = []
+
+    def each(emitted: Emitted) -> None:
+        name, _, done = emitted
+        started.add(name)
+        if (len(started) == count and not edges) or (done is not None and len(edges) == 1):
+            edges.append(len(history))
+
+    serve(engine, arrivals, each, closed=True)
+    assert len(edges) == 2, "a request ended before all had begun: ask for more tokens"
+    return list(history[edges[0] : edges[1]])
+
+
 def summarise(cells: Sequence[Cell], layers: Sequence[int]) -> list[dict[str, Any]]:
     """The runs of a report, for cells of one count in flight.
 
