@@ -40,10 +40,12 @@ console = Console(width=160)
 
 
 class FixedRule(FlushRule):
-    """Flushes at a fixed size, and drafts from a fixed chance on: what is searched over."""
+    """What is searched over: flushes at a fixed size of the buffer, or when fewer rows than so many are worth starting.
 
-    flush_at = 1
-    least = 0.0
+    Rows are, from a fixed chance on.
+    """
+
+    flush_at, fewest, least = math.inf, 1, 0.0
 
     def choose(self, waiting: Waiting) -> tuple[int, int] | None:
         """As `FlushRule` does, by two numbers."""
@@ -51,11 +53,15 @@ class FixedRule(FlushRule):
         ready = waiting.ready
         if waiting.chances is not None:
             ready = int((waiting.chances >= self.least).sum())
-        if ready and live < self.flush_at:
+        if ready >= self.fewest and live < self.flush_at:
             return 0, ready
         if live:
             return max(segment for segment, count in enumerate(waiting.live) if count), 0
         return (0, waiting.ready) if waiting.ready else None
+
+
+Fixed = tuple[float, int, float, int]
+"""Flush at, fewest, least chance, cap on open rows."""
 
 
 def arguments() -> argparse.Namespace:
@@ -77,17 +83,17 @@ def config_for(count: int) -> EngineConfig:
     return EngineConfig(longest, count, 2048, count * longest, max(256, 8 * count))
 
 
-def serve(scenario: Scenario, name: str, count: int, fixed: tuple[int, float, int] | None = None) -> Cell:
-    """A policy while all N decode, after a turn that warms up; `fixed` is (flush size, least chance, cap)."""
+def serve(scenario: Scenario, name: str, count: int, fixed: Fixed | None = None) -> Cell:
+    """A policy while all N decode, after a turn that warms up; `fixed` takes the place of the rule."""
     config = replace(config_for(count), **policy_settings(name))
     if fixed is not None:
-        config = replace(config, max_draft=fixed[2])
+        config = replace(config, max_draft=fixed[3])
     cell = Cell(name, count, scenario.engine(config.policy, config, count))
     scheduler = cell.engine.scheduler
     if fixed is not None:
         old = scheduler.policy.rule
         scheduler.policy.rule = rule = FixedRule(old.cost, old.rates, scenario.kv_fill, len(old.counts) - 1)
-        rule.flush_at, rule.least = fixed[:2]
+        rule.flush_at, rule.fewest, rule.least = fixed[:3]
     for turn in range(2):
         jobs = [Job(PROMPT, TOKENS)] * count
         requests = list(scenario.requests(jobs, scheduler.segments, config.run_ahead))
@@ -105,7 +111,9 @@ def speed(cell: Cell) -> float:
 def search(scenario: Scenario, count: int, name: str) -> dict[str, Any]:
     """The online rule against the best of the fixed ones."""
     sizes = sorted({max(1, round(share * count)) for share in SHARES})
-    tried = {each: speed(serve(scenario, name, count, each)) for each in itertools.product(sizes, CHANCES, CAPS)}
+    kinds = [(float(size), 1) for size in sizes] + [(math.inf, size) for size in sizes]
+    candidates = [(*kind, least, cap) for kind, least, cap in itertools.product(kinds, CHANCES, CAPS)]
+    tried = {each: speed(serve(scenario, name, count, each)) for each in candidates}
     best = max(tried, key=lambda each: tried[each])
     ours = speed(serve(scenario, name, count))
     return {"in_flight": count, "policy": name, "rule": ours, "best": tried[best], "at": best}
@@ -146,7 +154,7 @@ def main() -> None:
                 report["search"].append(searched)
                 console.print(
                     f"{policy}, {count} in flight: the rule {searched['rule']:.0f} tokens/s, the best fixed one "
-                    f"{searched['best']:.0f} (flush at, least chance, cap: {searched['at']}): "
+                    f"{searched['best']:.0f} (flush at, fewest, least chance, cap: {searched['at']}): "
                     f"{searched['rule'] / searched['best']:.3f}"
                 )
     if options.json:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,12 @@ class Profile:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a cost profile ({error!r}): make one with `drex profile`") from error
 
+    def with_exits(self, kept: Sequence[int]) -> Profile:
+        """The costs with only some of the exit points, by index: segments between them run as one, without a head."""
+        edges = [-1, *kept, len(self.segments) - 1]
+        groups = [self.segments[start + 1 : stop + 1] for start, stop in pairwise(edges)]
+        return Profile(tuple(_joined(group) for group in groups), self.threads, self.source)
+
     def scaled(self, factor: float) -> Profile:
         """All costs times a factor: a profile of another machine, or one that is wrong on purpose."""
 
@@ -131,6 +138,20 @@ class Profile:
             for c in self.segments
         )
         return Profile(segments, self.threads, self.source)
+
+
+def _joined(segments: Sequence[SegmentCost]) -> SegmentCost:
+    """Segments that run as one."""
+    counts = sorted({count for cost in segments for count in cost.rows.counts})
+    at = np.array(counts)
+    rows = np.sum([cost.rows.at(at) for cost in segments], axis=0)
+    return SegmentCost(
+        Curve(tuple(counts), tuple(map(float, rows))),
+        segments[-1].head,
+        sum(cost.span for cost in segments),
+        sum(cost.entry for cost in segments),
+        sum(cost.kv_row for cost in segments),
+    )
 
 
 def load_profile(path: str | Path) -> Profile:

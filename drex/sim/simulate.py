@@ -14,7 +14,7 @@ import numpy as np
 from drex.bench.runner import Cell, summarise
 from drex.config import EngineConfig, ExitRule, policy_settings
 from drex.control.cost import CostModel
-from drex.control.profile import Curve, Profile, SegmentCost
+from drex.control.profile import Profile
 from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
 from drex.engine.engine import Engine
@@ -54,7 +54,7 @@ class Scenario:
         """A fresh engine in virtual time; `full` runs all layers as one segment."""
         lengths, profile = self.lengths, self.profile
         if policy == "full":
-            lengths, profile = (sum(lengths),), merged(profile)
+            lengths, profile = (sum(lengths),), profile.with_exits(())
         exits: ExitSource = self.confidences or DrawnExits(self.acceptance)
         if self.depths:
             exits = RecordedExits({f"{n}": self.depths[n % len(self.depths)] for n in range(requests)})
@@ -102,26 +102,6 @@ def run(scenario: Scenario, policies: Sequence[str], jobs: Sequence[Job], config
         },
         "runs": summarise(cells, layers),
     }
-
-
-def merged(profile: Profile) -> Profile:
-    """The costs of all segments as one, with the final head only: full depth in one pass."""
-    counts = sorted({count for cost in profile.segments for count in cost.rows.counts})
-    at = np.array(counts)
-    rows = np.sum([cost.rows.at(at) for cost in profile.segments], axis=0)
-    return Profile(
-        (
-            SegmentCost(
-                Curve(tuple(counts), tuple(map(float, rows))),
-                profile.segments[-1].head,
-                sum(cost.span for cost in profile.segments),
-                sum(cost.entry for cost in profile.segments),
-                0.0,
-            ),
-        ),
-        profile.threads,
-        profile.source,
-    )
 
 
 def read_depths(path: str | Path, layers: Sequence[int]) -> list[list[int]]:
