@@ -122,6 +122,15 @@ class Metrics:
                     self.involuntary_stays += 1
                     break
 
+    def trim(self, most: int) -> None:
+        """Forget the oldest times and confidences, so that about `most` of each kind stay: for engines that run on.
+
+        Percentiles are then over the recent past; counts go on.
+        """
+        for values in (self._ttft, self._tpot, self._itl, self._rct, self.exited_confidences):
+            if len(values) > 2 * most:
+                del values[:-most]
+
     def summary(self) -> dict[str, Any]:
         """Times in milliseconds: mean and percentiles of each kind; and `goodput`, the share that met its targets."""
         times = {"ttft_ms": self._ttft, "tpot_ms": self._tpot, "itl_ms": self._itl, "rct_ms": self._rct}
