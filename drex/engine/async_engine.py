@@ -225,6 +225,7 @@ class AsyncEngine:
         try:
             while self._obey():
                 self._step()
+            self._abort(frozenset(self._jobs))
         except BaseException as error:
             log.critical("the engine failed: all that is open ends with an error", exc_info=True)
             failure = error
