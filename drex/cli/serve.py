@@ -38,6 +38,9 @@ def serve(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default the number that is fastest.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="What passes cost here: a file of drex profile --out, nominal, or measure.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of a request, prompt and output.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests in flight.")] = 64,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Rows a pass may have.")] = 512,
@@ -107,6 +110,7 @@ def serve(
             kv_cache_tokens=kv_cache_tokens,
             max_slowdown=max_slowdown,
             adaptive=adaptive,
+            profile=profile,
             threads=threads,
             tokenizer=tokenizer,
         )

@@ -38,7 +38,11 @@ def routes(serving: Serving) -> APIRouter:
         """One served name of the model."""
         return Response(encode(_card(serving, serving.check_model(name))), media_type="application/json")
 
-    @router.get("/health", responses={503: {"model": ErrorReply, "description": "Nothing new is served."}})
+    @router.get(
+        "/health",
+        response_class=Response,
+        responses={503: {"model": ErrorReply, "description": "Nothing new is served."}},
+    )
     async def health() -> Response:
         """200 while requests are let in, 503 otherwise."""
         serving.check_open()
