@@ -190,6 +190,17 @@ def test_a_client_that_does_not_read_holds_up_nobody(server: Server, client: ope
         assert server.serving.llm.engine.scheduler.pool.in_use == 0
 
 
+def test_a_client_that_never_reads_is_cut_off_when_its_time_is_over(fresh: Callable[..., Any]) -> None:
+    with fresh(request_timeout=2.0) as server, socket.socket() as raw:
+        body = json.dumps({**LONG, "n": 4, "stream": True, "return_exit_layers": True, "logprobs": 20}).encode()
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(server.address)
+        raw.sendall(head(len(body)) + body)
+        until(lambda: server.serving.unfinished == 4)
+        until(lambda: not server.server_state.connections, 10)
+        assert server.serving.unfinished == 0
+
+
 # Failures
 
 
