@@ -39,8 +39,12 @@ class Intake:
         self._check_fits = check_fits
         self._arrivals = 0
 
-    def requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
-        """The n samples of a prompt as requests; raises ValueError if they can't be served."""
+    def requests(self, prompt: Prompt, params: SamplingParams, *, score_exits: bool = False) -> list[Request]:
+        """The n samples of a prompt as requests; raises ValueError if they can't be served.
+
+        With `params.prompt_logprobs` the first sample scores the prompt: at full depth, or, with `score_exits`, as the
+        request's exits have it.
+        """
         ids = self.encode(prompt)
         room = self.config.max_model_len - len(ids)
         if room < 1:
@@ -59,7 +63,8 @@ class Intake:
         requests = []
         for sample in range(params.n):
             scored = params.prompt_logprobs is not None and sample == 0
-            score_rule = self.model.exits.rule_for(EarlyExit.off()) if scored else None
+            scores = rule if score_exits else self.model.exits.rule_for(EarlyExit.off())
+            score_rule = scores if scored else None
             requests.append(self._request(ids, params, rule, sample, seed, score_rule))
         self._check_fits(requests[0])
         return requests
@@ -82,6 +87,7 @@ class Intake:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("the model folder has no tokeniser: give prompts as token ids, or name a tokenizer")
+            check_unicode(prompt)
             ids = self.tokenizer(prompt)["input_ids"]
             assert isinstance(ids, list)
         else:
@@ -154,6 +160,14 @@ class Intake:
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= self._last_token:
                 raise ValueError(f"token id {token!r}: the vocabulary has ids 0..{self._last_token}")
+
+
+def check_unicode(text: str) -> None:
+    """Raise ValueError for text that is not valid Unicode, as JSON can hold it: it has no tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text has half a surrogate pair at character {error.start}: leave it out") from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -24,6 +24,7 @@ from drex.tuning.corpus import Document, train_tokenizer
 from drex.tuning.profile_cache import obtain
 
 torch.set_num_threads(1)
+pytest_plugins = ["server_fixtures"]
 
 COMMON: dict[str, Any] = {
     "vocab_size": 97,

@@ -1,4 +1,4 @@
-"""`drex bench`: policies against each other, against the optimum and against full depth."""
+"""`drex bench`: policies against each other, the optimum and full depth; or a server under load, with --url."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from drex.bench.load import Target
 from drex.cli.common import (
     EXIT_LAYERS_HELP,
     CriterionOption,
@@ -24,12 +25,21 @@ from drex.cli.common import (
 
 if TYPE_CHECKING:
     from drex.bench.bench import Workload
+    from drex.bench.open_loop import Workload as Asked
     from drex.bench.subject import Subject
 
 LONGEST_PROMPT = 64
+LOAD_REQUESTS = 200
+ONLY_URL = ("api_key", "chat", "ignore_eos", "burstiness", "goodput")
+ONLY_POLICIES = (
+    *("policies", "in_flight", "shape", "exit_rates", "exits", "thresholds", "criterion", "kv_fill", "dtype"),
+    *("tpot_ms", "max_slowdown", "adaptive", "repeats", "html_file"),
+)
+"""Options that mean something with --url, and without."""
 
 
 def bench(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Hugging Face folder or hub id; none: the bundled model.")] = None,
     policies: Annotated[
         str,
@@ -64,8 +74,26 @@ def bench(
     seed: int = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write the report as a page with charts.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Load an OpenAI-compatible server instead; MODEL is the name to ask it for.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="With --url: of the server.", envvar="OPENAI_API_KEY")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="With --url: chat completions.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="With --url: go on after the end token.")] = False,
+    burstiness: Annotated[float, typer.Option(help="With --url: of arrivals; 1 is Poisson, less comes in bursts.")] = 1,
+    goodput: Annotated[
+        list[str] | None, typer.Option(help="With --url: target in ms, as in ttft:500, tpot:100 or e2el:2000.")
+    ] = None,
 ) -> None:
-    """Benchmark scheduling policies at equal requests in flight and equal K/V memory."""
+    """Benchmark scheduling policies at equal requests in flight and equal K/V memory, or a server with --url."""
+    _check_given(context, url is not None)
+    if url is not None:
+        from drex.bench.open_loop import Workload as Asked
+
+        count = LOAD_REQUESTS if requests is None else requests
+        asked = Asked(prompts, trace, trace_scale, trace_speed, count, output_tokens, rate, burstiness, seed)
+        _load(Target(url, model or "", api_key, chat, ignore_eos), asked, goodput or [], json_file)
+        return
     from rich.console import Console
 
     from drex.bench.bench import run
@@ -109,6 +137,33 @@ def bench(
         if path is not None:
             path.write_text(text + "\n", encoding="utf-8")
             typer.echo(f"wrote {path}", err=True)
+
+
+def _check_given(context: typer.Context, with_url: bool) -> None:
+    """Raise ValueError for an option that would be ignored."""
+    for name in ONLY_POLICIES if with_url else ONLY_URL:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--" + name.removesuffix("_file").replace("_", "-")
+            raise ValueError(f"{option} goes {'without' if with_url else 'with'} --url: leave it out")
+
+
+def _load(target: Target, asked: Asked, goodput: list[str], json_file: Path | None) -> None:
+    """Load a server, show and write the report."""
+    import asyncio
+
+    from rich.console import Console
+
+    from drex.bench.load_report import parse_goodput, show
+    from drex.bench.open_loop import run
+
+    targets = parse_goodput(goodput)
+    with Console(stderr=True).status("loading the server") as status:
+        report = asyncio.run(run(target, asked, targets, lambda done: status.update(f"{done} requests done")))
+    show(report, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        typer.echo(f"wrote {json_file}", err=True)
 
 
 def _workloads(

@@ -13,6 +13,7 @@ from drex.cli.evaluate import evaluate
 from drex.cli.generate import generate
 from drex.cli.info import info
 from drex.cli.profile import profile
+from drex.cli.serve import serve
 from drex.cli.simulate import simulate
 from drex.cli.train import train
 
@@ -24,6 +25,7 @@ app.command()(evaluate)
 app.command()(profile)
 app.command()(bench)
 app.command()(simulate)
+app.command()(serve)
 app.command()(advise)
 
 

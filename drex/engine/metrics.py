@@ -126,6 +126,15 @@ class Metrics:
         """All of `ttft`, `tpot`, `itl` or `rct`, in seconds."""
         return {"ttft": self._ttft, "tpot": self._tpot, "itl": self._itl, "rct": self._rct}[kind]
 
+    def trim(self, most: int) -> None:
+        """Forget the oldest times and confidences, so that about `most` of each kind stay: for engines that run on.
+
+        Percentiles are then over the recent past; counts go on.
+        """
+        for values in (self._ttft, self._tpot, self._itl, self._rct, self.exited_confidences):
+            if len(values) > 2 * most:
+                del values[:-most]
+
     def summary(self) -> dict[str, Any]:
         """Times in milliseconds: mean and percentiles of each kind; and `goodput`, the share that met its targets."""
         return {

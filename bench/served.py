@@ -1,0 +1,69 @@
+"""A `drex serve` process for the scripts beside this file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+READY_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server: where it is, and its process, if it is one of ours."""
+
+    address: str
+    process: subprocess.Popen[bytes] | None = None
+
+    def metric(self, name: str, labels: str = "") -> float:
+        """The value of a metric; `labels` is a part of what its line has between braces.
+
+        Raises:
+            ValueError: there is none.
+        """
+        with urllib.request.urlopen(f"{self.address}/metrics", timeout=60) as reply:
+            lines = reply.read().decode().splitlines()
+        for line in lines:
+            found = re.fullmatch(r"([^{\s]+)(?:\{(.*)\})? (\S+)", line)
+            if found and found[1] == name and labels in (found[2] or ""):
+                return float(found[3])
+        raise ValueError(f"{self.address} has no metric {name} with {labels!r}: is it a drex server?")
+
+
+@contextlib.contextmanager
+def served(*options: str) -> Iterator[Served]:
+    """A server with these options, on a port that it finds itself; told to stop at the end, which it must do well.
+
+    Raises:
+        RuntimeError: it did not start, or ended with an error.
+    """
+    drex = Path(sys.executable).with_name("drex")
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([drex, "serve", "--port", "0", *options], stdout=log, stderr=log, env=os.environ)
+
+        def said() -> str:
+            log.seek(0)
+            return log.read().decode(errors="replace")
+
+        try:
+            end = time.monotonic() + READY_SECONDS
+            while not (found := re.search(r"http://[0-9.:]+\d", said())):
+                if process.poll() is not None or time.monotonic() > end:
+                    raise RuntimeError(f"the server did not start:\n{said()[-2000:]}")
+                time.sleep(0.1)
+            yield Served(found[0], process)
+            process.terminate()
+            if process.wait(60):
+                raise RuntimeError(f"the server ended with code {process.returncode}:\n{said()[-2000:]}")
+        finally:
+            process.kill()
+            process.wait()

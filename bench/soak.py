@@ -1,0 +1,182 @@
+"""A long run of mixed requests, some of which are cancelled midway and some of which are wrong.
+
+    python bench/soak.py --requests 20000
+
+Checked: every request ended as it should (an answer with the tokens that were asked for, a refusal, or its own
+cancelling), none failed in the engine, no K/V slot is in use at the end, and the server's memory grew by less than 2 %
+in the last half. Without --url a server is started around the bundled model. Exit code 1 if something does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from served import Served, served
+
+WORDS = ("def", "class", "import", "return", "self", "for", "in", "if", "None", "os", "path", "open", "read", "list")
+WRONG: tuple[dict[str, Any], ...] = (
+    {"temperature": 7},
+    {"max_tokens": -1},
+    {"prompt": ""},
+    {"prompt": [10**9]},
+    {"nonsense": 1},
+    {"model": "another"},
+    {"early_exit": {"layers": [1000]}},
+)
+CANCELLED, INVALID = 0.2, 0.05
+"""Shares of the requests."""
+GROWTH = 0.02
+
+
+@dataclass
+class Soak:
+    """What happened so far.
+
+    Attributes:
+        ends: how requests ended: `whole`, `streamed`, `cancelled`, `refused`; anything else is wrong.
+        memory: resident bytes of the server after each twentieth of the requests.
+    """
+
+    ends: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    memory: list[float] = field(default_factory=list)
+
+
+async def one(client: httpx.AsyncClient, number: int) -> tuple[str, int]:
+    """One request, a function of its number; returns how it ended, and the tokens that came."""
+    draw = random.Random(number)
+    prompt: Any = " ".join(draw.choice(WORDS) for _ in range(draw.randint(1, 40)))
+    body: dict[str, Any] = {
+        "prompt": prompt if draw.random() < 0.7 else [draw.randrange(3, 256) for _ in range(draw.randint(1, 64))],
+        "max_tokens": draw.choice((1, 4, 8, 16, 32)),
+        "temperature": draw.choice((0, 0.8)),
+        "seed": number,
+        "ignore_eos": True,
+        "stream": draw.random() < 0.5,
+    }
+    if draw.random() < 0.2:
+        body["logprobs"] = draw.randint(0, 5)
+    if draw.random() < 0.1:
+        body |= {"echo": True, "n": 2}
+    kind = draw.random()
+    if kind < INVALID:
+        reply = await client.post("/v1/completions", json=body | draw.choice(WRONG))
+        return ("refused" if reply.status_code in (400, 404) and "error" in reply.json() else "not refused"), 0
+    if kind < INVALID + CANCELLED:
+        return await cancelled(client, body | {"stream": True, "max_tokens": 32}, draw), 0
+    wanted = body["max_tokens"] * body.get("n", 1)
+    if not body["stream"]:
+        reply = await client.post("/v1/completions", json=body)
+        made = reply.json()["usage"]["completion_tokens"] if reply.status_code == 200 else 0
+        return ("whole" if made == wanted else f"status {reply.status_code}, {made} tokens"), made
+    made, done = 0, False
+    async with client.stream(
+        "POST", "/v1/completions", json=body | {"stream_options": {"include_usage": True}}
+    ) as reply:
+        async for line in reply.aiter_lines():
+            done = done or line == "data: [DONE]"
+            if '"choices":[]' in line:
+                made = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
+    return ("streamed" if done and made == wanted else f"stream of {made} tokens"), made
+
+
+async def cancelled(client: httpx.AsyncClient, body: dict[str, Any], draw: random.Random) -> str:
+    """Leave a stream after some events, or a request before there is an answer."""
+    if draw.random() < 0.3:
+        try:
+            await client.post("/v1/completions", json=body | {"stream": False}, timeout=draw.uniform(0.01, 0.2))
+        except httpx.TimeoutException:
+            return "cancelled"
+        return "whole"
+    leave, seen = draw.randint(1, 20), 0
+    async with client.stream("POST", "/v1/completions", json=body) as reply:
+        async for line in reply.aiter_lines():
+            seen += line.startswith("data: ")
+            if seen >= leave:
+                break
+    return "cancelled"
+
+
+async def soak(server: Served, requests: int, clients: int) -> Soak:
+    """Send requests, so many at a time."""
+    found, numbers = Soak(), iter(range(requests))
+    step = max(1, requests // 20)
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(base_url=server.address, timeout=120, limits=limits) as client:
+
+        async def work() -> None:
+            for number in numbers:
+                try:
+                    end, tokens = await one(client, number)
+                except httpx.HTTPError as error:
+                    end, tokens = f"lost: {error!r}", 0
+                found.ends[end] += 1
+                found.tokens += tokens
+                if found.ends.total() % step == 0:
+                    found.memory.append(await asyncio.to_thread(server.metric, "process_resident_memory_bytes"))
+
+        await asyncio.gather(*(work() for _ in range(clients)))
+    return found
+
+
+def judge(server: Served, found: Soak, seconds: float) -> dict[str, Any]:
+    """The report; `problems` is what does not hold."""
+    end = time.monotonic() + 60
+    while server.metric("vllm:num_requests_running") + server.metric("vllm:num_requests_waiting"):
+        if time.monotonic() > end:
+            break
+        time.sleep(0.2)
+    slots = server.metric("drex_kv_slots", 'state="in_use"')
+    reasons = {
+        reason: int(server.metric("vllm:request_success_total", f'finished_reason="{reason}"'))
+        for reason in ("stop", "length", "abort", "error")
+    }
+    half = found.memory[len(found.memory) // 2 - 1]
+    growth = found.memory[-1] / half - 1
+    problems = [end for end in found.ends if end not in ("whole", "streamed", "cancelled", "refused")]
+    if slots:
+        problems.append(f"{slots} slots are in use")
+    if reasons["error"]:
+        problems.append(f"{reasons['error']} requests failed")
+    if growth >= GROWTH:
+        problems.append(f"memory grew by {growth:.1%} in the last half")
+    return {
+        "requests": found.ends.total(),
+        "ends": dict(found.ends),
+        "tokens": found.tokens,
+        "seconds": round(seconds, 1),
+        "finished": reasons,
+        "slots_in_use": slots,
+        "memory_mib": [round(size / 2**20, 1) for size in found.memory],
+        "last_half_growth": round(growth, 4),
+        "problems": problems,
+    }
+
+
+def main() -> None:
+    """Read the arguments, run, report."""
+    parser = argparse.ArgumentParser(description="A long run of mixed requests.")
+    parser.add_argument("--url", help="A server that runs already, as http://127.0.0.1:8000.")
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--clients", type=int, default=48, help="Requests at a time.")
+    given = parser.parse_args()
+    with served() if given.url is None else contextlib.nullcontext(Served(given.url)) as server:
+        began = time.monotonic()
+        found = asyncio.run(soak(server, given.requests, given.clients))
+        report = judge(server, found, time.monotonic() - began)
+    print(json.dumps(report))
+    sys.exit(1 if report["problems"] else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""`drex serve`: an OpenAI-compatible server around one model."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from drex.cli.common import (
+    CriterionOption,
+    DeviceOption,
+    DtypeOption,
+    ExitsOption,
+    KvFillOption,
+    PolicyOption,
+    ThresholdsOption,
+    early_exit_from,
+)
+from drex.config import EarlyExit
+
+if TYPE_CHECKING:
+    from drex.llm import LLM
+
+LIBRARIES = ("fastapi", "uvicorn", "uvloop", "httptools", "prometheus_client")
+
+
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Hugging Face folder or hub id; none: the bundled model.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 is any that is free.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name that clients use; may be given several times.")
+    ] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help="Key that opens it; may be given several times.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File with one key a line.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default the number that is fastest.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="What passes cost here: a file of drex profile --out, nominal, or measure.")
+    ] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of a request, prompt and output.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests in flight.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Rows a pass may have.")] = 512,
+    kv_cache_tokens: Annotated[int | None, typer.Option(help="Tokens for which there is K/V memory.")] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="Share of the GPU's memory to use, instead of --kv-cache-tokens.")
+    ] = None,
+    exits: ExitsOption = None,
+    thresholds: ThresholdsOption = None,
+    criterion: CriterionOption = None,
+    kv_fill: KvFillOption = None,
+    full_depth: Annotated[bool, typer.Option("--full-depth", help="No early exit.")] = False,
+    policy: PolicyOption = "drex",
+    max_slowdown: Annotated[float | None, typer.Option(help="Bound on time against full depth, as a factor.")] = None,
+    adaptive: Annotated[bool, typer.Option("--adaptive", help="Stop checking exits while that does not pay.")] = False,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, where it is not beside the model.")] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="Jinja file, instead of the model's template.")] = None,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait; with more, 429.")] = 1024,
+    max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = 4 * 2**20,
+    request_timeout: Annotated[float, typer.Option(help="Seconds for a request; then 504.")] = 600.0,
+    body_timeout: Annotated[float, typer.Option(help="Seconds for a body to come; then 408.")] = 30.0,
+    shutdown_timeout: Annotated[float, typer.Option(help="Seconds for what is open when told to stop.")] = 25.0,
+    allowed_origins: Annotated[
+        list[str] | None, typer.Option(help="Origin of pages that may use the server; may be given several times.")
+    ] = None,
+    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
+) -> None:
+    """Serve a model to OpenAI's clients; Ctrl-C or SIGTERM finishes what is open and stops."""
+    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f'the server\'s libraries are missing ({", ".join(missing)}): pip install "drex[server]"')
+    from drex.compute.load import BUNDLED, inspect_model
+    from drex.llm import LLM
+    from drex.server.logs import logging_to_stderr
+    from drex.server.memory import kv_tokens
+    from drex.server.run import serve as run
+    from drex.server.settings import ServerSettings, read_keys
+
+    settings = ServerSettings(
+        served_names=tuple(served_model_name or [model or BUNDLED]),
+        api_keys=read_keys(api_key or [], api_key_file),
+        max_body_bytes=max_body_bytes,
+        max_queue=max_queue,
+        request_timeout=request_timeout,
+        body_timeout=body_timeout,
+        shutdown_timeout=shutdown_timeout,
+        allowed_origins=tuple(allowed_origins or ()),
+        log_prompts=log_prompts,
+    )
+    early_exit = early_exit_from(exits, thresholds, criterion, kv_fill, full_depth)
+    if gpu_memory_utilization is not None:
+        if kv_cache_tokens is not None:
+            raise ValueError("--kv-cache-tokens and --gpu-memory-utilization: give one of them")
+        found = inspect_model(model, EarlyExit.off() if policy == "full" else early_exit, dtype, device)
+        kv_cache_tokens = kv_tokens(found, gpu_memory_utilization, max_num_seqs, max_model_len)
+    with logging_to_stderr(log_format):
+        llm = LLM(
+            model,
+            early_exit=early_exit,
+            dtype=dtype,
+            device=device,
+            policy=policy,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_tokens=kv_cache_tokens,
+            max_slowdown=max_slowdown,
+            adaptive=adaptive,
+            profile=profile,
+            threads=threads,
+            tokenizer=tokenizer,
+        )
+        if chat_template is not None:
+            _use_template(llm, chat_template)
+        code = run(llm, settings, host, port)
+    raise typer.Exit(code)
+
+
+def _use_template(llm: LLM, path: Path) -> None:
+    """Replace the chat template; raises ValueError where there is nothing to replace, or no such file."""
+    if llm.tokenizer is None:
+        raise ValueError("--chat-template: the model has no tokeniser; name one with --tokenizer")
+    try:
+        llm.tokenizer.chat_template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template {path} can't be read ({error}): name a Jinja file") from error

@@ -1,0 +1,81 @@
+"""Puts the server together: an application around one model."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Response
+from starlette.middleware.cors import CORSMiddleware
+from starlette.staticfiles import StaticFiles
+
+from drex import __version__
+from drex.server import chat, completions, errors, monitor, tokens
+from drex.server.middleware import BodyLimit, Guard, RequestLog
+from drex.server.serving import Serving
+from drex.server.settings import Keys
+from drex.server.streaming import encode
+
+STATIC = Path(__file__).with_name("static")
+
+
+def create_app(serving: Serving) -> FastAPI:
+    """The application of a server; the engine runs from its start-up to its shut-down."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        serving.start()
+        try:
+            yield
+        finally:
+            await serving.stop()
+
+    # No pages of documentation: those that FastAPI has load scripts from elsewhere.
+    app = FastAPI(title="drex", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    errors.install(app)
+    for module in (completions, chat, tokens, monitor):
+        app.include_router(module.routes(serving))
+    _front(app)
+    _document(app)
+    settings = serving.settings
+    app.add_middleware(BodyLimit, most=settings.max_body_bytes, seconds=settings.body_timeout)
+    app.add_middleware(Guard, keys=Keys(settings.api_keys))
+    app.add_middleware(RequestLog, telemetry=serving.telemetry)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return app
+
+
+def _front(app: FastAPI) -> None:
+    """What is at `/`: the page, if this installation has one, or else what there is."""
+    if STATIC.is_dir():
+        app.mount("/", StaticFiles(directory=STATIC, html=True))
+        return
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        found = {path: sorted(methods) for path, methods in app.openapi()["paths"].items()}
+        return Response(encode({"drex": __version__, "endpoints": found}), media_type="application/json")
+
+
+def _document(app: FastAPI) -> None:
+    """Drop from the OpenAPI schema what FastAPI adds of its own and never happens here: invalid bodies get a 400."""
+    generate = app.openapi
+
+    def schema() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            found = generate()
+            for operations in found["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+        return generate()
+
+    app.openapi = schema  # type: ignore[method-assign]

@@ -1,0 +1,93 @@
+"""Runs a server until it is told to stop: then nothing new is let in, and what is open is finished, or ends in time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from types import FrameType
+
+import uvicorn
+
+from drex.llm import LLM
+from drex.server.app import create_app
+from drex.server.serving import Serving
+from drex.server.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+TICK = 0.05
+"""Seconds between two looks at what is still open."""
+LAST_WORDS = 2
+"""Seconds, at least, in which what is finished or failed can be sent before connections are closed."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, with a way to stop that keeps answering: while it drains, health and new requests get a 503.
+
+    Args:
+        serving: what is served.
+        host, port: to listen at; port 0 is any that is free.
+    """
+
+    def __init__(self, serving: Serving, host: str, port: int) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(serving),
+                host=host,
+                port=port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=LAST_WORDS,
+            )
+        )
+        self.serving = serving
+        self._stopping: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens, once `started`."""
+        host, port, *_ = self.servers[0].sockets[0].getsockname()
+        return host, port
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came: the first drains, a second one ends all at once."""
+        self.stop(at_once=self.serving.draining)
+
+    def stop(self, at_once: bool = False) -> None:
+        """Shut down, finishing what is open unless it is to happen at once; called in the main thread."""
+        self.serving.draining = True
+        if at_once:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to exit; called ten times a second."""
+        serving = self.serving
+        if serving.engine.failure is not None:
+            serving.draining = self.should_exit = True
+        elif serving.draining and self._stopping is None:
+            log.info("draining", extra={"fields": {"unfinished": serving.unfinished}})
+            self._stopping = asyncio.create_task(self._drain())
+        return await super().on_tick(counter)
+
+    async def _drain(self) -> None:
+        """Wait for what is open, as long as it may take; then end it."""
+        serving, now = self.serving, asyncio.get_running_loop().time
+        end = now() + serving.settings.shutdown_timeout
+        while serving.unfinished and now() < end:
+            await asyncio.sleep(TICK)
+        if serving.unfinished:
+            log.warning("not finished in time", extra={"fields": {"unfinished": serving.unfinished}})
+            await serving.engine.stop()
+        # What was finished, or has failed, is still to be sent: uvicorn waits for that.
+        self.config.timeout_graceful_shutdown = max(LAST_WORDS, round(end - now()))
+        self.should_exit = True
+
+
+def serve(llm: LLM, settings: ServerSettings, host: str, port: int) -> int:
+    """Serve until a signal comes. Returns the exit code: 0, or 1 if the server could not start or the engine failed."""
+    server = Server(Serving(llm, settings), host, port)
+    try:
+        server.run()
+    except SystemExit:  # uvicorn's way to say that the address can't be had; the log has the reason
+        return 1
+    return 1 if server.serving.engine.failure is not None else 0
