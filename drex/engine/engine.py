@@ -204,6 +204,7 @@ class Engine:
             if sample.detokenizer.stopped_at is not None:
                 # Under run-ahead several tokens come at once: what comes behind a stop string doesn't count.
                 del request.records[number:], request.tokens[len(request.prompt) + number :]
+                break
         self.stats.tokens += len(fresh)
         if sample.detokenizer.stopped_at is not None:
             request.stop_reason = sample.detokenizer.stopped_at

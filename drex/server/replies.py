@@ -178,6 +178,7 @@ class ExitPoints(TypedDict):
     criterion: str
     schedule: str
     kv_fill: str
+    run_ahead: str
 
 
 class ModelCard(TypedDict):
