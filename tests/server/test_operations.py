@@ -212,7 +212,7 @@ def test_a_pass_that_fails_is_an_error_for_those_in_it_and_nobody_else(
         whole = runner.run
 
         def failing(batch: Any) -> Any:
-            if any(13 in span.tokens for span in batch.spans):
+            if 13 in batch.tokens:
                 raise MemoryError("no memory")
             return whole(batch)
 
@@ -271,7 +271,9 @@ def test_draining_finishes_what_is_open_and_lets_nothing_in(fresh: Callable[...,
     with fresh() as server:
         address, replies = url(server), []
         ask = threading.Thread(
-            target=lambda: replies.append(httpx.post(f"{address}/v1/completions", json={**LONG, "max_tokens": 400}))
+            target=lambda: replies.append(
+                httpx.post(f"{address}/v1/completions", json={**LONG, "max_tokens": 400}, timeout=60)
+            )
         )
         with httpx.Client() as other:
             assert other.get(f"{address}/health").status_code == 200
