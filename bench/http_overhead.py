@@ -40,7 +40,13 @@ async def over_http(
 ) -> tuple[float, list[dict[str, Any]]]:
     """Seconds for all streams together, and their events; with token ids or without."""
     host, port = server.address.removeprefix("http://").split(":")
-    body = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True, "return_exit_layers": ids}
+    body: dict[str, Any] = {
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_exit_layers": ids,
+    }
     body["stream_options"] = {"include_usage": True}
     began = time.perf_counter()
     replies = await asyncio.gather(*(read(host, int(port), {**body, "prompt": prompt}) for prompt in prompts))

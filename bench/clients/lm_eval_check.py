@@ -2,8 +2,8 @@
 
     python bench/clients/lm_eval_check.py --lm-eval /path/to/bin/lm_eval
 
-lm_eval (`pip install "lm_eval[api]"`, in an environment of its own) talks to `drex serve` with the bundled model,
-float32, at full depth and with its exits: `local-completions` for both tasks, `local-chat-completions` for generation.
+lm_eval (`pip install "lm_eval[api]" transformers`, in an environment of its own) talks to `drex serve` with the bundled
+model, float32: `local-completions` for log-likelihoods and generation, `local-chat-completions` for generation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def evaluate(lm_eval: Path, server: Served, kind: str, tasks: str, out: Path) ->
     path = "chat/completions" if kind == "local-chat-completions" else "completions"
     args = f"model={BUNDLED},base_url={server.address}/v1/{path},num_concurrent=4"
     if path == "completions":
-        args += f",tokenized_requests=True,tokenizer={find_model(None)}"
+        args += f",tokenized_requests=True,tokenizer={find_model(None)},max_length=512"
     command = [
         *(str(lm_eval), "--model", kind, "--model_args", args, "--tasks", tasks, "--include_path", str(HERE)),
         *("--log_samples", "--output_path", str(out), "--batch_size", "4"),
@@ -43,7 +43,9 @@ def evaluate(lm_eval: Path, server: Served, kind: str, tasks: str, out: Path) ->
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"lm_eval failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    print(done.stdout[done.stdout.rfind("|Tasks") :])
+    for file in out.rglob("results_*.json"):
+        for task, scores in json.loads(file.read_text(encoding="utf-8"))["results"].items():
+            print(kind, task, {name: value for name, value in scores.items() if isinstance(value, float)})
     found: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(out.rglob("samples_*.jsonl")):
         task = file.name.removeprefix("samples_").rsplit("_", 1)[0]
@@ -52,11 +54,15 @@ def evaluate(lm_eval: Path, server: Served, kind: str, tasks: str, out: Path) ->
 
 
 def log_likelihood(llm: LLM, context: str, continuation: str) -> tuple[float, bool]:
-    """As lm_eval defines it: of the continuation's tokens, and whether each was the most likely one."""
-    whole, given = llm.intake.encode(context + continuation), llm.intake.encode(context)
-    [scored] = llm.score(whole)
-    start = len(given) - 1
-    best = all(a == b for a, b in zip(scored.best[start:], whole[len(given) :], strict=True))
+    """As lm_eval defines it: of the continuation's tokens, and whether each was the most likely one.
+
+    Spaces at the context's end belong to the continuation, whose tokens are those that follow as many as the context
+    alone has.
+    """
+    whole, given = llm.intake.encode(context + continuation), llm.intake.encode(context.rstrip())
+    rest, start = whole[len(given) :], len(given) - 1
+    [scored] = llm.score(given + rest)
+    best = all(a == b for a, b in zip(scored.best[start:], rest, strict=True))
     return sum(scored.logprobs[start:]), best
 
 
@@ -84,7 +90,7 @@ def compare(llm: LLM, samples: dict[str, list[dict[str, Any]]], chat: bool) -> i
 
 
 def main() -> None:
-    """Read the arguments, run lm_eval three times, compare."""
+    """Read the arguments, run lm_eval twice, compare."""
     parser = argparse.ArgumentParser(description="lm_eval over HTTP against the Python API.")
     parser.add_argument("--lm-eval", type=Path, required=True, help="The lm_eval command.")
     given = parser.parse_args()
