@@ -42,6 +42,14 @@ export class History {
     }
   }
 
+  /** The highest value of some lines in the last seconds. */
+  most(lines, seconds) {
+    const start = this.now - seconds;
+    // What held at the left edge began before it.
+    const shown = lines.flatMap((points) => points.filter((_, index) => (points[index + 1]?.[0] ?? start) >= start));
+    return Math.max(0, ...shown.map(([, value]) => value ?? 0));
+  }
+
   /** Points [time, value] of a state's field; null where it isn't known. */
   line(read) {
     return this.states.flatMap((state) => [...(state.afterGap ? [[state.time, null]] : []), [state.time, read(state)]]);

@@ -4,7 +4,7 @@ import { Background } from "./background.js";
 import { Connection } from "./connection.js";
 import { $, make, percent, short } from "./dom.js";
 import { History, KEPT } from "./history.js";
-import { Strip } from "./strip.js";
+import { Strip, scale } from "./strip.js";
 
 /** What throughput is compared with: field of a state, name, and how its line looks. */
 const YARDSTICKS = [
@@ -49,6 +49,7 @@ export class Live {
     this.throughput = new Strip("tokens a second, over time", { height: 92 });
     this.requests = new Strip("requests, over time", { height: 40 });
     this.slots = new Strip("K/V slots in use, over time", { height: 40, ticks: true });
+    this.strips = [...this.buffers, this.lanes, this.throughput, this.requests, this.slots];
     this.values = new Map();
     const rows = [
       ...this.buffers.map((strip, index) => this.#row(strip, `Buffer after layer ${exits[index]}`, "rows wait")),
@@ -82,10 +83,16 @@ export class Live {
     this.depths.paint(bar, layer);
     const name = layer === this.depths.layers ? `${layer}, full` : String(layer);
     const cells = ["share", "tokens", "start"].map(() => make("td", {}));
-    cells[0].append(bar, make("span"));
+    cells[0].append(make("div", {}, bar, make("span")));
     const row = make("tr", {}, make("th", { scope: "row", textContent: name }), ...cells);
     this.values.set(layer, { bar, cells });
     return row;
+  }
+
+  /** Draw in the colours of another theme. */
+  recolor() {
+    for (const strip of this.strips ?? []) strip.forgetColors();
+    this.draw();
   }
 
   /** Draw everything as of the latest state. */
@@ -102,9 +109,9 @@ export class Live {
     this.#writeHistogram(state, span);
   }
 
-  #strip(strip, span, most, draw, unit = "") {
+  #strip(strip, span, marks, draw) {
     strip.redraw = () => {
-      if (strip.begin(this.#history.now, span, most, unit)) draw(strip);
+      if (strip.begin(this.#history.now, span, marks)) draw(strip);
     };
     strip.redraw();
   }
@@ -112,20 +119,23 @@ export class Live {
   #drawBuffers(state, span) {
     const all = this.buffers.map((_, index) => this.#history.buffer(index));
     // One scale for all, so that they can be compared.
-    const most = Math.max(4, ...all.flat().map(([, value]) => value ?? 0));
+    const most = Math.max(4, this.#history.most(all, span));
     this.buffers.forEach((strip, index) => {
       const layer = this.depths.exits[index];
-      this.#strip(strip, span, most, () => strip.area(all[index], this.depths.color(layer)));
+      this.#strip(strip, span, scale(most), () => strip.area(all[index], this.depths.color(layer)));
       this.values.get(strip).textContent = String(state.buffered[layer]);
     });
   }
 
   #drawPasses(span) {
     const colors = [...this.depths.exits, this.depths.layers].map((layer) => this.depths.color(layer));
+    const last = colors.length - 1;
     const blocks = this.#history.passes.map(({ time, seconds, segment }) => {
-      return { from: time - seconds, to: time, lane: segment, color: colors[segment] };
+      return { from: time - seconds, to: time, lane: last - segment, color: colors[segment] };
     });
-    this.#strip(this.lanes, span, 1, () => this.lanes.lanes(blocks, colors.length));
+    // Each lane is marked by its segment, the first on top, as a token goes down through the layers.
+    const marks = [...colors, ""].map((_, lane) => [lane, lane ? String(colors.length - lane) : ""]);
+    this.#strip(this.lanes, span, marks, (strip) => strip.lanes(blocks));
     const recent = this.#history.passes.filter((pass) => pass.time > this.#history.now - 2);
     const rows = recent.reduce((sum, pass) => sum + pass.rows, 0);
     this.values.get(this.lanes).textContent = recent.length ? `${Math.round(recent.length / 2)}/s` : "0/s";
@@ -136,8 +146,8 @@ export class Live {
     const history = this.#history;
     const achieved = history.line((one) => (one.running ? one.achieved : null));
     const yardsticks = YARDSTICKS.map(([field]) => history.line((one) => (one.running ? one[field] : null)));
-    const most = Math.max(10, ...[achieved, ...yardsticks].flat().map(([, value]) => value ?? 0));
-    this.#strip(this.throughput, span, most, (strip) => {
+    const most = Math.max(10, history.most([achieved, ...yardsticks], span));
+    this.#strip(this.throughput, span, scale(most), (strip) => {
       yardsticks.forEach((points, index) => strip.line(points, YARDSTICKS[index][2], { dash: YARDSTICKS[index][3] }));
       strip.line(achieved, "var(--achieved)", { width: 2.5 });
     });
@@ -147,16 +157,16 @@ export class Live {
   #drawLevels(state, span) {
     const history = this.#history;
     const [running, waiting] = [history.line((one) => one.running), history.line((one) => one.waiting)];
-    const most = Math.max(4, ...[...running, ...waiting].map(([, value]) => value ?? 0));
-    this.#strip(this.requests, span, most, (strip) => {
+    const most = Math.max(4, history.most([running, waiting], span));
+    this.#strip(this.requests, span, scale(most), (strip) => {
       strip.area(running, "var(--level)");
       strip.line(waiting, "var(--ink)", { dash: [3, 2] });
     });
-    this.values.get(this.requests).textContent = `${state.running}, ${state.waiting}`;
+    this.values.get(this.requests).textContent = String(state.running);
+    this.values.get(this.requests).nextElementSibling.textContent = `running, ${state.waiting} waiting`;
     const share = history.line((one) => (100 * one.slots_in_use) / one.slots);
-    this.#strip(this.slots, span, Math.max(1, ...share.map(([, value]) => value ?? 0)), (strip) => {
-      strip.area(share, "var(--level)");
-    }, " %");
+    const marks = scale(Math.max(1, history.most([share], span)), " %");
+    this.#strip(this.slots, span, marks, (strip) => strip.area(share, "var(--level)"));
     this.values.get(this.slots).textContent = state.slots_in_use.toLocaleString("en");
   }
 
@@ -183,7 +193,7 @@ export class Live {
       const always = ever ? state.exits[layer] / ever : 0;
       bar.firstElementChild.style.width = `${100 * share}%`;
       bar.lastElementChild.style.left = `${100 * always}%`;
-      cells[0].lastElementChild.textContent = recent ? percent(share) : "–";
+      cells[0].firstElementChild.lastElementChild.textContent = recent ? percent(share) : "–";
       cells[1].textContent = of[layer].toLocaleString("en");
       cells[2].textContent = ever ? percent(always) : "–";
     }

@@ -53,7 +53,7 @@ function chooseTheme(theme) {
     localStorage.setItem("drex-theme", theme);
   }
   $("theme").firstElementChild.textContent = theme;
-  live.draw();
+  live.recolor();
 }
 
 $("theme").firstElementChild.textContent = document.documentElement.dataset.theme ?? "auto";
@@ -61,7 +61,7 @@ $("theme").addEventListener("click", () => {
   const now = THEMES.indexOf(document.documentElement.dataset.theme ?? "auto");
   chooseTheme(THEMES[(now + 1) % THEMES.length]);
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => live.draw());
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => live.recolor());
 $("key-open").addEventListener("click", () => {
   $("key").hidden = !$("key").hidden;
   if (!$("key").hidden) $("key-value").focus();

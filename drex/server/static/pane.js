@@ -19,7 +19,9 @@ export class Pane {
     const head = make("header", {}, make("h3", { textContent: title }), make("small", { textContent: hint }), this.state);
     this.element = make("article", { className: "pane" }, head, this.text, this.error, this.shares, this.figures);
     this.title = title;
+    this.text.append(make("span", { className: "note", textContent: "Run the prompt, or choose an example." }));
     this.#clear();
+    this.#measure();
   }
 
   #clear() {
@@ -29,6 +31,7 @@ export class Pane {
   }
 
   #of = new WeakMap();
+  #due = null;
 
   /** The token that an element shows, if it is one. */
   tokenOf(element) {
@@ -61,7 +64,11 @@ export class Pane {
     }
     if (choice.finish_reason) this.state.textContent = REASONS[choice.finish_reason];
     if (atEnd) this.text.scrollTop = this.text.scrollHeight;
-    this.#measure();
+    // Tokens may come faster than a screen shows them.
+    this.#due ??= requestAnimationFrame(() => {
+      this.#due = null;
+      this.#measure();
+    });
   }
 
   #append(token) {

@@ -8,10 +8,11 @@ import { Settings, clearErrors, showError } from "./settings.js";
 
 /** Beginnings that the bundled model, which knows Python's standard library, has something to say to. */
 export const EXAMPLES = {
-  "class": 'class Stack:\n    """A last-in, first-out collection."""\n\n    def __init__(self):\n',
-  "tests": "import unittest\n\nclass TestQueue(unittest.TestCase):\n    def test_",
-  "parser": 'def parse_args(argv=None):\n    parser = argparse.ArgumentParser(description="',
-  "async": "async def read_lines(reader, limit):\n    while True:\n        ",
+  class: 'class Stack:\n    """A last-in, first-out collection."""\n\n    def __init__(self',
+  test: "import unittest\n\nclass TestQueue(unittest.TestCase):\n    def test_",
+  main: 'def main():\n    parser = argparse.ArgumentParser(description="',
+  async: "async def read_lines(reader, limit):\n    while True:\n        line",
+  docstring: 'def quicksort(items):\n    """Return a sorted copy of',
 };
 
 export class Playground {
@@ -75,6 +76,8 @@ export class Playground {
     $("stop").disabled = false;
     this.inspector.hide();
     this.#compare();
+    // On a narrow screen the texts are below the controls.
+    if ($("output").getBoundingClientRect().top > innerHeight / 2) $("output").scrollIntoView();
     say("Running.");
     const bodies = [requests.early, requests.full];
     const errors = await Promise.all(panes.map((pane, index) => this.#follow(pane, bodies[index], abort)));
@@ -117,7 +120,7 @@ export class Playground {
     $("difference").textContent = !both
       ? ""
       : differs
-        ? `The texts first differ at token ${at + 1}, marked in both: the same noise, but another choice there.`
+        ? `The texts first differ at token ${at + 1}, marked ≠ in both. Both were drawn with the same noise.`
         : `The texts agree in all ${plural(both, "token")} so far.`;
   }
 }

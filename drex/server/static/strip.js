@@ -8,6 +8,7 @@ const BOTTOM = 15;
 
 export class Strip {
   #size = { width: 0, height: 0 };
+  #colors = new Map();
 
   /** @param label for those who can't see it; `ticks`: whether the axis of time is written below. */
   constructor(label, { height, ticks = false }) {
@@ -26,13 +27,22 @@ export class Strip {
     }).observe(this.canvas);
   }
 
+  /** What a CSS colour comes to. Looking is slow, so it is remembered until the theme changes. */
   color(value) {
-    this.probe.style.color = value;
-    return getComputedStyle(this.probe).color;
+    if (!this.#colors.has(value)) {
+      this.probe.style.color = value;
+      this.#colors.set(value, getComputedStyle(this.probe).color);
+    }
+    return this.#colors.get(value);
   }
 
-  /** Clear it for seconds from `now - span` to `now`, and values from 0 to at least `most`. False while it has no size. */
-  begin(now, span, most, unit = "") {
+  forgetColors() {
+    this.#colors.clear();
+  }
+
+  /** Clear it, for seconds from `now - span` to `now`. `marks` are [height, text] up the side, the highest last.
+   *  Returns false while it has no size. */
+  begin(now, span, marks) {
     const { width, height } = this.#size;
     if (!width) return false;
     const density = devicePixelRatio || 1;
@@ -41,8 +51,8 @@ export class Strip {
     const draw = (this.draw = this.canvas.getContext("2d"));
     draw.setTransform(density, 0, 0, density, 0, 0);
     draw.clearRect(0, 0, width, height);
-    Object.assign(this, { now, span, top: nice(most), right: width - RIGHT, base: height - this.bottom });
-    this.#axes(unit);
+    Object.assign(this, { now, span, top: marks.at(-1)[0], right: width - RIGHT, base: height - this.bottom });
+    this.#axes(marks);
     return true;
   }
 
@@ -54,18 +64,20 @@ export class Strip {
     return this.base - (value / this.top) * (this.base - TOP);
   }
 
-  #axes(unit) {
+  #axes(marks) {
     const draw = this.draw;
     draw.font = `10.5px ${getComputedStyle(this.canvas).fontFamily}`;
     draw.fillStyle = this.color("var(--faint)");
     draw.strokeStyle = this.color("var(--grid)");
     draw.lineWidth = 1;
     draw.textAlign = "right";
-    for (const value of [0, this.top]) {
+    for (const [value, text] of marks) {
       const y = Math.round(this.y(value)) + 0.5;
       stroke(draw, [[LEFT, y], [this.right, y]]);
-      draw.fillText(`${value.toLocaleString("en")}${value ? unit : ""}`, LEFT - 5, y + (value ? 7 : 1));
+      draw.textBaseline = value ? "top" : "alphabetic";
+      draw.fillText(text, LEFT - 5, y + 1);
     }
+    draw.textBaseline = "alphabetic";
     if (!this.ticks) return;
     const step = this.span / 5;
     for (let back = 0; back <= 5; back++) {
@@ -135,17 +147,16 @@ export class Strip {
     draw.restore();
   }
 
-  /** Blocks {from, to, lane, color} in lanes from top to bottom. */
-  lanes(blocks, count) {
+  /** Blocks {from, to, lane, color}; lane 0 stands on the mark 0. */
+  lanes(blocks) {
     const draw = this.draw;
-    const high = (this.base - TOP) / count;
     for (const { from, to, lane, color } of blocks) {
       const start = Math.max(LEFT, this.x(from));
       const width = Math.min(this.right, this.x(to)) - start;
       if (width <= 0) continue;
       draw.fillStyle = this.color(color);
       // A gap between blocks, where there is room for one.
-      draw.fillRect(start, TOP + lane * high + 1, Math.max(0.6, width - 0.6), high - 2);
+      draw.fillRect(start, this.y(lane + 1) + 1, Math.max(0.6, width - 0.6), this.y(lane) - this.y(lane + 1) - 2);
     }
   }
 }
@@ -157,9 +168,9 @@ function stroke(draw, points) {
   draw.stroke();
 }
 
-/** The least of 1, 2, 4, 5 and 8 times a power of ten that is no less. */
-function nice(value) {
-  if (!(value > 0)) return 1;
-  const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 4, 5, 8, 10].map((step) => step * power).find((step) => step >= value * 0.999);
+/** Marks for values from 0 to at least `most`: the least of some round numbers that is no less. */
+export function scale(most, unit = "") {
+  const power = 10 ** Math.floor(Math.log10(most));
+  const top = [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((step) => step * power).find((step) => step >= most * 0.999);
+  return [[0, "0"], [top, `${top.toLocaleString("en")}${unit}`]];
 }
