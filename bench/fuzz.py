@@ -43,7 +43,7 @@ def run(server: Served, examples: int, seed: int, folder: Path) -> dict[str, Any
     report = folder / "report.json"
     command = [
         *(str(Path(sys.executable).with_name("schemathesis")), "run", f"{server.address}/openapi.json"),
-        *("--checks", ",".join(CHECKS), "--exclude-path", "/live", "--workers", "4", "--request-timeout", "60"),
+        *("--checks", ",".join(CHECKS), "--exclude-path", "/live", "--request-timeout", "60"),
         *("--max-examples", str(examples), "--seed", str(seed), "--continue-on-failure", "--warnings", "off"),
         *("--phases", "examples,coverage,fuzzing", "--suppress-health-check", "all"),
         *("--report", "json", "--report-json-path", str(report)),
@@ -111,7 +111,8 @@ def post(server: Served, path: str, body: bytes) -> int:
 
 def fuzz(server: Served, cases: int, examples: int, seed: int) -> dict[str, Any]:
     """Rounds of Schemathesis with different seeds until there were enough cases, then malformed bodies."""
-    began, generated, rounds, failures = time.monotonic(), 0, 0, []
+    began, generated, rounds = time.monotonic(), 0, 0
+    failures: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         while generated < cases and not failures:
             report = run(server, examples, seed + rounds, Path(folder))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from drex.bench.load import Target
-from drex.bench.open_loop import Workload as Asked
 from drex.cli.common import (
     EXIT_LAYERS_HELP,
     CriterionOption,
@@ -26,6 +25,7 @@ from drex.cli.common import (
 
 if TYPE_CHECKING:
     from drex.bench.bench import Workload
+    from drex.bench.open_loop import Workload as Asked
     from drex.bench.subject import Subject
 
 LONGEST_PROMPT = 64
@@ -84,6 +84,8 @@ def bench(
     """Benchmark scheduling policies at equal requests in flight and equal K/V memory, or a server with --url."""
     _check_given(context, url is not None)
     if url is not None:
+        from drex.bench.open_loop import Workload as Asked
+
         count = LOAD_REQUESTS if requests is None else requests
         asked = Asked(prompts, trace, trace_scale, trace_speed, count, output_tokens, rate, burstiness, seed)
         _load(Target(url, model or "", api_key, chat, ignore_eos), asked, goodput or [], json_file)

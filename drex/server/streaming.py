@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 GONE = 499
 """Status noted for a client that did not wait (nginx's); nobody gets it."""
 
@@ -25,12 +26,12 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of some work, which is cancelled when the client goes; its request must have been read.
 
     Raises:
-        ClientGoneError: it went.
+        ClientGoneError: it went, or did not take what it was sent before its time was over.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
+        if not task.done() or task.cancelled():
             raise ClientGoneError
         return task.result()
     finally:
@@ -46,7 +47,7 @@ async def _disconnected(receive: Receive) -> None:
 
 def encode(data: Any) -> bytes:
     """JSON in ASCII: what a client sent, and is sent back, need not be valid UTF-8."""
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
+    return ENCODER.encode(data).encode()
 
 
 def event(data: Any) -> bytes:

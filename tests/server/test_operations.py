@@ -27,6 +27,11 @@ LONG: dict[str, Any] = {"prompt": [5, 6, 7], "max_tokens": 1000, "ignore_eos": T
 """Takes seconds."""
 
 
+def post(address: str, **how: Any) -> httpx.Response:
+    """A request that may take its time."""
+    return httpx.post(address, **how, timeout=60)
+
+
 def head(length: int) -> bytes:
     """Of a request, for clients that misbehave below HTTP."""
     lines = (b"POST /v1/completions HTTP/1.1", b"content-type: application/json", b"content-length: %d" % length)
@@ -55,7 +60,7 @@ def locked(make_llm: Callable[..., LLM]) -> Iterator[str]:
 )  # fmt: skip
 def test_without_a_key_guarded_paths_are_closed(locked: str, headers: dict[str, str]) -> None:
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
-        reply = httpx.post(f"{locked}{path}", json={"prompt": "x"}, headers=headers)
+        reply = post(f"{locked}{path}", json={"prompt": "x"}, headers=headers)
         assert reply.status_code == 401
         assert reply.json()["error"]["type"] == "authentication_error"
         assert reply.headers["www-authenticate"] == "Bearer"
@@ -123,21 +128,21 @@ def test_with_a_full_queue_clients_are_told_to_come_again(fresh: Callable[..., A
         address, replies = url(server), []
 
         def ask() -> None:
-            replies.append(httpx.post(f"{address}/v1/completions", json={**LONG, "max_tokens": 250}, timeout=60))
+            replies.append(post(f"{address}/v1/completions", json={**LONG, "max_tokens": 250}))
 
         threads = [threading.Thread(target=ask) for _ in range(6)]
         for thread in threads:
             thread.start()
         until(lambda: server.serving.unfinished == 6)
-        refused = httpx.post(f"{address}/v1/completions", json={"prompt": "x"})
+        refused = post(f"{address}/v1/completions", json={"prompt": "x"})
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["type"] == "rate_limit_error"
         for thread in threads:
             thread.join()
         assert [reply.status_code for reply in replies] == [200] * 6
-        assert httpx.post(f"{address}/v1/completions", json={"prompt": "x"}).status_code == 200
-        never = httpx.post(f"{address}/v1/completions", json={"prompt": ["x"] * 7})
+        assert post(f"{address}/v1/completions", json={"prompt": "x"}).status_code == 200
+        never = post(f"{address}/v1/completions", json={"prompt": ["x"] * 7})
         assert never.status_code == 400
         assert "at most 6" in never.json()["error"]["message"]
 
@@ -145,10 +150,10 @@ def test_with_a_full_queue_clients_are_told_to_come_again(fresh: Callable[..., A
 def test_requests_and_bodies_have_their_time(fresh: Callable[..., Any]) -> None:
     with fresh(request_timeout=0.3, body_timeout=0.3) as server:
         address = url(server)
-        late = httpx.post(f"{address}/v1/completions", json=LONG)
+        late = post(f"{address}/v1/completions", json=LONG)
         assert late.status_code == 504
         assert "0.3 s" in late.json()["error"]["message"]
-        text = httpx.post(f"{address}/v1/completions", json={**LONG, "stream": True}).text
+        text = post(f"{address}/v1/completions", json={**LONG, "stream": True}).text
         *_, error, done = [line for line in text.splitlines() if line]
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == 504
         assert done == "data: [DONE]"
@@ -190,6 +195,17 @@ def test_a_client_that_does_not_read_holds_up_nobody(server: Server, client: ope
         assert server.serving.llm.engine.scheduler.pool.in_use == 0
 
 
+def test_a_client_that_never_reads_is_cut_off_when_its_time_is_over(fresh: Callable[..., Any]) -> None:
+    with fresh(request_timeout=2.0) as server, socket.socket() as raw:
+        body = json.dumps({**LONG, "n": 4, "stream": True, "return_exit_layers": True, "logprobs": 20}).encode()
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(server.address)
+        raw.sendall(head(len(body)) + body)
+        until(lambda: server.serving.unfinished == 4)
+        until(lambda: not server.server_state.connections, 10)
+        assert server.serving.unfinished == 0
+
+
 # Failures
 
 
@@ -207,12 +223,12 @@ def test_a_pass_that_fails_is_an_error_for_those_in_it_and_nobody_else(
 
         monkeypatch.setattr(runner, "run", failing)
         bad = {"prompt": [13, 5], "max_tokens": 5}
-        reply = httpx.post(f"{url(server)}/v1/completions", json=bad)
+        reply = post(f"{url(server)}/v1/completions", json=bad)
         assert reply.status_code == 500
         assert "no memory" in reply.json()["error"]["message"]
-        text = httpx.post(f"{url(server)}/v1/completions", json={**bad, "stream": True}).text
+        text = post(f"{url(server)}/v1/completions", json={**bad, "stream": True}).text
         assert json.loads(text.splitlines()[0].removeprefix("data: "))["error"]["code"] == 500
-        assert httpx.post(f"{url(server)}/v1/completions", json={"prompt": [5, 6]}).status_code == 200
+        assert post(f"{url(server)}/v1/completions", json={"prompt": [5, 6]}).status_code == 200
 
 
 def test_if_the_engine_dies_everyone_hears_of_it_and_the_server_ends(
@@ -223,7 +239,7 @@ def test_if_the_engine_dies_everyone_hears_of_it_and_the_server_ends(
         bodies = {"whole": LONG, "stream": {**LONG, "stream": True}, "waits": {**LONG, "n": 8}}
         threads = [
             threading.Thread(target=lambda name: replies.update(
-                {name: httpx.post(f"{address}/v1/completions", json=bodies[name], timeout=30)}), args=(name,))
+                {name: post(f"{address}/v1/completions", json=bodies[name])}), args=(name,))
             for name in bodies
         ]  # fmt: skip
         for thread in threads:
@@ -247,7 +263,7 @@ def test_a_handler_that_fails_is_a_500_that_tells_nothing(
 ) -> None:
     with fresh() as server:
         monkeypatch.setattr(server.serving, "check_model", lambda name: 1 / 0)
-        reply = httpx.post(f"{url(server)}/v1/completions", json={"prompt": "x"})
+        reply = post(f"{url(server)}/v1/completions", json={"prompt": "x"})
         assert reply.status_code == 500
         assert "ZeroDivision" not in reply.text
         assert reply.json()["error"]["type"] == "server_error"
@@ -260,7 +276,7 @@ def test_draining_finishes_what_is_open_and_lets_nothing_in(fresh: Callable[...,
     with fresh() as server:
         address, replies = url(server), []
         ask = threading.Thread(
-            target=lambda: replies.append(httpx.post(f"{address}/v1/completions", json={**LONG, "max_tokens": 400}))
+            target=lambda: replies.append(post(f"{address}/v1/completions", json={**LONG, "max_tokens": 400}))
         )
         with httpx.Client() as other:
             assert other.get(f"{address}/health").status_code == 200
@@ -280,7 +296,7 @@ def test_what_is_not_finished_in_time_ends_with_an_error(fresh: Callable[..., An
     with fresh(shutdown_timeout=0.2) as server:
         address, replies = url(server), []
         asked = {**LONG, "n": 8}
-        ask = threading.Thread(target=lambda: replies.append(httpx.post(f"{address}/v1/completions", json=asked)))
+        ask = threading.Thread(target=lambda: replies.append(post(f"{address}/v1/completions", json=asked)))
         ask.start()
         until(lambda: server.serving.unfinished == 8)
         server.stop()
@@ -293,7 +309,7 @@ def test_what_is_not_finished_in_time_ends_with_an_error(fresh: Callable[..., An
 
 def test_request_ids_are_the_clients_if_they_are_sensible(base: str) -> None:
     for given, kept in (("abc-1.2_3", True), ("x" * 129, False), ("a b", False), ("", False)):
-        reply = httpx.post(f"{base}/v1/completions", json={"prompt": "x"}, headers={"x-request-id": given})
+        reply = post(f"{base}/v1/completions", json={"prompt": "x"}, headers={"x-request-id": given})
         assert (reply.headers["x-request-id"] == given) == kept
         assert reply.json()["id"] == "cmpl-" + reply.headers["x-request-id"]
 

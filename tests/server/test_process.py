@@ -19,6 +19,7 @@ from typing import IO, Any
 import httpx
 import openai
 import pytest
+import typer
 from server_fixtures import until
 
 from drex import LLM, SamplingParams
@@ -58,16 +59,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("target", ["file", "full disk"])
-def test_sigterm_under_load_finishes_what_is_open_and_exits_with_0(folder: Path, tmp_path: Path, target: str) -> None:
-    port = free_port()
-    path = tmp_path / "log" if target == "file" else Path("/dev/full")
+def test_sigterm_under_load_finishes_what_is_open_and_exits_with_0(folder: Path, tmp_path: Path) -> None:
+    port, path = free_port(), tmp_path / "log"
     with path.open("w") as log, process(port, str(folder), *OPTIONS, "--log-format", "json", log=log) as running:
         address = f"http://127.0.0.1:{port}"
         prompt, replies = "the cat sat on a secret", []
 
         def ask(stream: bool) -> None:
-            body = {"prompt": prompt, "max_tokens": 300, "ignore_eos": True, "temperature": 0, "stream": stream}
+            body = {"prompt": prompt, "max_tokens": 200, "ignore_eos": True, "temperature": 0, "stream": stream}
             replies.append(httpx.post(f"{address}/v1/completions", json=body, timeout=60).text)
 
         threads = [threading.Thread(target=ask, args=(number % 2 == 0,)) for number in range(6)]
@@ -82,21 +81,20 @@ def test_sigterm_under_load_finishes_what_is_open_and_exits_with_0(folder: Path,
         assert time.monotonic() - began < 25
         assert len(replies) == 6
         assert all('"finish_reason":"length"' in reply for reply in replies)
-    if target == "file":
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        finished = [line for line in lines if line.get("path") == "/v1/completions"]
-        assert len(finished) == 6
-        for line in finished:
-            assert line["status"] == 200
-            assert line["completion_tokens"] == 300
-            assert line["ttft_ms"] > 0
-            assert re.fullmatch("[0-9a-f]{24}", line["request_id"])
-        assert "secret" not in path.read_text()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    finished = [line for line in lines if line.get("path") == "/v1/completions"]
+    assert len(finished) == 6
+    for line in finished:
+        assert line["status"] == 200
+        assert line["completion_tokens"] == 200
+        assert line["ttft_ms"] > 0
+        assert re.fullmatch("[0-9a-f]{24}", line["request_id"])
+    assert "secret" not in path.read_text()
 
 
-def test_clients_that_are_killed_and_a_second_signal(folder: Path, tmp_path: Path) -> None:
+def test_clients_that_are_killed_a_full_disk_and_a_second_signal(folder: Path) -> None:
     port = free_port()
-    with (tmp_path / "log").open("w") as log, process(port, str(folder), *OPTIONS, log=log) as running:
+    with Path("/dev/full").open("w") as log, process(port, str(folder), *OPTIONS, log=log) as running:
         address = f"http://127.0.0.1:{port}"
         code = (
             "import httpx, sys\n"
@@ -190,11 +188,11 @@ def test_the_engine_and_the_command_line_import_without_the_servers_libraries() 
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_an_address_that_is_taken_is_an_error(folder: Path, tmp_path: Path) -> None:
+def test_an_address_that_is_taken_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        command = [DREX, "serve", str(folder), *OPTIONS, *COMMON_OPTIONS, "--port", str(taken.getsockname()[1])]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
-    assert done.returncode == 1
-    assert "in use" in done.stderr
+        with pytest.raises(typer.Exit) as ended:
+            serve(str(folder), port=taken.getsockname()[1], exits="2", thresholds="0.5")
+    assert ended.value.exit_code == 1
+    assert "in use" in capsys.readouterr().err
