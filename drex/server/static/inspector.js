@@ -11,12 +11,14 @@ export class Inspector {
     for (const pane of panes) {
       const text = pane.text;
       text.addEventListener("pointerover", (event) => this.#point(pane, event.target));
-      text.addEventListener("pointerleave", () => this.hide());
+      // A finger leaves as soon as it is lifted; what it pointed at stays until it points elsewhere.
+      text.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && this.hide());
       text.addEventListener("keydown", (event) => this.#step(pane, event));
       text.addEventListener("blur", () => this.hide());
       text.addEventListener("scroll", () => this.hide(), { passive: true });
     }
     addEventListener("scroll", () => this.hide(), { passive: true });
+    addEventListener("pointerdown", (event) => event.target.closest(".text") ?? this.hide());
     addEventListener("keydown", (event) => event.key === "Escape" && this.hide());
   }
 
