@@ -62,9 +62,9 @@ def _held_at_the_end(pool: SlotPool) -> Iterator[list[int]]:
     held: list[int] = []
     close = pool.close
 
-    def noted(request_id: str) -> None:
+    def noted(seat: int) -> None:
         before = pool.in_use
-        close(request_id)
+        close(seat)
         held.append(before - pool.in_use)
 
     with mock.patch.object(pool, "close", noted):

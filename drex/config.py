@@ -17,6 +17,13 @@ from drex.checkpoint import (
 )
 
 POLICIES = ("drex", "split", "full", "art", "consensus", "majority", "greedy", "latency_only")
+RUN_AHEAD = ("off", "trusted", "lossless")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "run-ahead": {"run_ahead": "trusted"},
+    "lossless": {"run_ahead": "lossless"},
+    "adaptive": {"adaptive": True},
+}
+"""What a benchmark can switch on beside the policy `drex`."""
 SCHEDULES = ("constant", "calm_paper", "calm_code")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -154,7 +161,7 @@ class ExitPlan:
             raise ValueError(f"early_exit.layers {missing}: the engine has exits after layers {list(self.layers)}")
         base = dict(zip(self.layers, self.rule.thresholds, strict=True))
         if request.thresholds is not None:
-            base.update(zip(allowed, _per_exit(request.thresholds, len(allowed)), strict=True))
+            base.update(zip(allowed, per_exit(request.thresholds, len(allowed)), strict=True))
         thresholds = tuple(
             base[layer] if layer in allowed and layer >= request.min_layer else None for layer in self.layers
         )
@@ -166,6 +173,22 @@ class ExitPlan:
         )
 
 
+def check_run_ahead(mode: str) -> str:
+    """A mode of run-ahead as given; raises ValueError for an unknown one."""
+    if mode not in RUN_AHEAD:
+        raise ValueError(f"run_ahead {mode!r}: choose one of {', '.join(RUN_AHEAD)}")
+    return mode
+
+
+def check_lossless(mode: str, kv_fill: str) -> None:
+    """Raise ValueError for a mode of run-ahead that the engine's K/V fill can't serve."""
+    if mode == "lossless" and kv_fill != "recompute":
+        raise ValueError(
+            f"run_ahead 'lossless' needs exact K/V, and the engine serves kv_fill {kv_fill!r}: "
+            f"choose kv_fill 'recompute', or run_ahead 'trusted'"
+        )
+
+
 def check_policies(names: Sequence[str]) -> list[str]:
     """Policy names as given; raises ValueError for an unknown one."""
     unknown = [name for name in names if name not in POLICIES]
@@ -174,11 +197,28 @@ def check_policies(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
+def policy_settings(name: str) -> dict[str, Any]:
+    """What a benchmark's policy sets in an `EngineConfig`: a policy, and what else is to be switched on.
+
+    `drex+run-ahead`, `drex+lossless` and `drex+adaptive` are `drex` with that. Raises ValueError for an unknown name.
+    """
+    policy, *further = name.split("+")
+    check_policies([policy])
+    settings: dict[str, Any] = {"policy": policy}
+    for each in further:
+        if policy != "drex" or each not in VARIANTS:
+            known = ", ".join(f"drex+{variant}" for variant in VARIANTS)
+            raise ValueError(f"policy {name!r}: choose one of {', '.join(POLICIES)}, {known}")
+        settings |= VARIANTS[each]
+    return settings
+
+
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _per_exit(thresholds: float | Sequence[float], count: int) -> tuple[float, ...]:
+def per_exit(thresholds: float | Sequence[float], count: int) -> tuple[float, ...]:
+    """Thresholds, one for each of so many exits; raises ValueError where they are not one, nor as many."""
     values = tuple(thresholds) if isinstance(thresholds, Sequence) else (thresholds,) * count
     if len(values) != count:
         raise ValueError(f"thresholds {list(values)}: give one number, or one for each of {count} exits")
@@ -212,7 +252,7 @@ def resolve_exits(asked: EarlyExit | None, recorded: EarlyExitFile | None, num_l
         )
     check_exit_layers(list(layers), num_layers)
     if asked.thresholds is not None:
-        thresholds = _per_exit(asked.thresholds, len(layers))
+        thresholds = per_exit(asked.thresholds, len(layers))
     elif recorded is not None and set(layers) <= set(known):
         of_layer = dict(zip(known, recorded.thresholds, strict=True))
         thresholds = tuple(of_layer[layer] for layer in layers)
@@ -236,6 +276,9 @@ class EngineConfig:
         max_wait_passes: a row waits in the rebatching buffer for at most this many passes.
         max_slowdown: bound on how much longer than at full depth a request may take, as a factor; None: no bound.
         adaptive: stop checking exits while that does not pay; output then depends on load.
+        run_ahead: whether a request goes on from what an exit point says without being sure: `off`; `trusted`, which
+            gives the same tokens as early exit; or `lossless`, which gives those of full depth, whatever exits say.
+        max_draft: open rows that a request may have under run-ahead.
         policy: `drex` (rebatching), `split` (flush at once), `full` (no exits), or one of the baselines to compare
             with: `art`, `consensus`, `majority`, `greedy`, `latency_only`.
     """
@@ -248,10 +291,13 @@ class EngineConfig:
     max_wait_passes: int = 32
     max_slowdown: float | None = None
     adaptive: bool = False
+    run_ahead: str = "off"
+    max_draft: int = 4
     policy: str = "drex"
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_fill_rows", "max_wait_passes"):
+        sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_fill_rows", "max_wait_passes")
+        for name in (*sizes, "max_draft"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
         if self.kv_cache_tokens is not None and self.kv_cache_tokens < 2:
@@ -260,6 +306,7 @@ class EngineConfig:
             )
         if self.max_slowdown is not None and not self.max_slowdown >= 1:
             raise ValueError(f"max_slowdown is {self.max_slowdown}: give a factor from 1 on, or None")
+        check_run_ahead(self.run_ahead)
         check_policies([self.policy])
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from drex.compute.load import LoadedModel
-from drex.config import EarlyExit, EngineConfig, ExitRule
+from drex.config import EarlyExit, EngineConfig, ExitRule, check_lossless
 from drex.request import Request, SamplingParams
 
 Prompt = str | Sequence[int]
@@ -139,7 +139,16 @@ class Intake:
             arrival=self._arrivals,
             sample=sample,
             score_rule=score_rule,
+            run_ahead=self._run_ahead(params),
         )
+
+    def _run_ahead(self, params: SamplingParams) -> str:
+        """How far a request runs ahead here; raises ValueError where it can't be lossless."""
+        mode = self.config.run_ahead if params.run_ahead is None else params.run_ahead
+        check_lossless(mode, self.model.exits.kv_fill)
+        # The baselines decide for a whole batch, and without exits there is nothing to run ahead of.
+        able = self.config.policy in ("drex", "split") and len(self.model.layout.lengths) > 1
+        return mode if able else "off"
 
     @property
     def _last_token(self) -> int:

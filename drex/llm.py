@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from drex.compute.load import LoadedModel, inspect_model, load_model
 from drex.compute.segments import SegmentRunner
-from drex.config import EarlyExit, EngineConfig
+from drex.config import EarlyExit, EngineConfig, check_lossless
 from drex.control.cost import CostModel
 from drex.control.profile import Profile
 from drex.control.scheduler import Scheduler
@@ -42,6 +42,9 @@ class LLM:
         kv_cache_tokens: tokens for which there is K/V memory; None is enough for `max_num_seqs` requests of
             `max_model_len`, within 1 GiB.
         max_fill_rows, max_wait_passes, max_slowdown, adaptive: of the rebatching, see `EngineConfig`.
+        run_ahead: `trusted` (requests draft on while they wait; the same tokens as early exit), `off`, or `lossless`,
+            which gives the full-depth model's own tokens, thresholds steering speed only; it needs `recompute`.
+        max_draft: rows of a request that no exit is sure of and that it may go on from, under run-ahead.
         profile: what passes cost here. None is the cached profile of this model and machine, or else one that is
             measured now, in some seconds; `measure` measures in any case; `nominal` measures nothing and learns while
             serving; or a `Profile`, or the file of one.
@@ -68,6 +71,8 @@ class LLM:
         max_wait_passes: int = 32,
         max_slowdown: float | None = None,
         adaptive: bool = False,
+        run_ahead: str = "trusted",
+        max_draft: int = 4,
         profile: Profile | str | Path | None = None,
         threads: int | None = None,
         tokenizer: str | Path | None = None,
@@ -81,10 +86,13 @@ class LLM:
             max_wait_passes=max_wait_passes,
             max_slowdown=max_slowdown,
             adaptive=adaptive,
+            run_ahead=run_ahead,
+            max_draft=max_draft,
             policy=policy,
         )
         exits = EarlyExit.off() if policy == "full" else early_exit
         self.model: LoadedModel = load_model(inspect_model(model, exits, dtype, device))
+        check_lossless(run_ahead, self.model.exits.kv_fill)
         self.config = _fit(asked, self.model, max_model_len)
         self.tokenizer = load_tokenizer(self.model.folder if tokenizer is None else Path(tokenizer))
         assert self.config.kv_cache_tokens is not None

@@ -1,6 +1,6 @@
-"""A request: its tokens, how far each segment has come, and what was recorded when each token was decided.
+"""A request: its tokens, and what was recorded when each was decided.
 
-Invariants: frontiers descend with the segment; `depths` has one entry for every position whose next token is known.
+Invariant: `depths` has one entry for every position whose next token is known.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from drex.config import EarlyExit, ExitRule
+from drex.config import EarlyExit, ExitRule, check_run_ahead
 from drex.control.plan import Draws
 
 MAX_LOGPROBS = 20
@@ -38,6 +38,7 @@ class SamplingParams:
         seed: of the noise, which is a pure function of (seed, sample, position); None draws one per request.
         logprobs, prompt_logprobs: how many most likely tokens to report beside the token itself.
         early_exit: overrides the engine's thresholds, criterion, schedule and allowed exits.
+        run_ahead: overrides the engine's: `off`, `trusted` or `lossless`.
         priority: smaller numbers are served first, and lose their K/V last when it runs short.
         ttft_ms, tpot_ms, itl_ms: targets in milliseconds: for the first token, for the mean time of those after it, and
             for each gap between two. Met where they can be; what can't be is counted.
@@ -66,6 +67,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     early_exit: EarlyExit | None = None
+    run_ahead: str | None = None
     priority: int = 0
     ttft_ms: float | None = None
     tpot_ms: float | None = None
@@ -91,6 +93,8 @@ class SamplingParams:
             (_target(self.tpot_ms), "tpot_ms", "milliseconds above 0, or None"),
             (_target(self.itl_ms), "itl_ms", "milliseconds above 0, or None"),
         )
+        if self.run_ahead is not None:
+            check_run_ahead(self.run_ahead)
         for good, name, range_ in checks:
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give {range_}")
@@ -166,23 +170,27 @@ class TokenRecord(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass
-class Undecided:
-    """What the exit points passed so far said of a row: its checks, and (token, length) of the agreeing run."""
+class Ahead(NamedTuple):
+    """A token that stands on others which may turn out wrong, or that may be wrong itself.
 
-    checks: list[ExitCheck] = field(default_factory=list)
-    agreeing: tuple[int, int] = (0, 0)
+    With a `record` it is decided, as soon as what it stands on is. Without, an exit point said it, not being sure.
+    """
+
+    record: TokenRecord | None
+    exit_index: int
+    confidence: float
 
 
 @dataclass(eq=False)
 class Request:
     """One sample of one prompt on its way through the engine.
 
-    While it runs, `claimed` slots of the pool are spoken for, those of its first `claimed_length` positions.
+    While it runs it has a `seat`, and how far it has come is in the columns there (`drex.control.seats`). Times are the
+    executor's, in seconds; the next token is `due` by the request's own targets, and by `paced_due` under the engine's
+    bound on slowdown.
 
-    `stands_at` is the segment that the live row of a decoding request is to run next (None before it decodes), and
-    `waits_since` (segment, pass) of the buffer that it waits in. Times are the executor's, in seconds; the next token
-    is `due` by the request's own targets, and by `paced_due` under the engine's bound on slowdown.
+    Under run-ahead (`drex.control.drafts`), `tokens` and `records` are what is settled, `context` goes on with the
+    tokens that are not, and `ahead` says how they came.
 
     With a `score_rule` the prompt's own tokens are scored: each prompt row is measured as if it were decoded, and
     exits where that rule says so. Without one, prompt rows run at full depth and are not measured.
@@ -198,20 +206,17 @@ class Request:
     arrival: int = 0
     sample: int = 0
     score_rule: ExitRule | None = None
+    run_ahead: str = "off"
 
     tokens: list[int] = field(init=False)
+    context: list[int] = field(init=False)
+    ahead: list[Ahead] = field(default_factory=list)
     draws: Draws = field(init=False)
     score_draws: Draws = field(init=False)
     depths: list[int] = field(init=False)
     records: list[TokenRecord] = field(default_factory=list)
     prompt_records: dict[int, TokenRecord] = field(default_factory=dict)
-    frontiers: list[int] = field(init=False)
-    undecided: dict[int, Undecided] = field(default_factory=dict)
-    claimed: int = 0
-    claimed_length: int = 0
-    in_pass: bool = False
-    stands_at: int | None = None
-    waits_since: tuple[int, int] | None = None
+    seat: int | None = None
     arrived_at: float = 0.0
     first_token_at: float | None = None
     due: float = math.inf
@@ -222,20 +227,13 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
+        self.context = list(self.prompt)
         self.draws = self._draws(self.rule)
         self.score_draws = self._draws(self.score_rule or self.rule)
         self.depths = [self.num_segments] * (len(self.prompt) - 1)
-        self.frontiers = [0] * self.num_segments
 
     def _draws(self, rule: ExitRule) -> Draws:
-        return Draws(rule, self.params, self.seed, self.sample, self.tokens, len(self.prompt))
-
-    def row(self, position: int) -> Undecided:
-        """What is known of a row that is not decided yet."""
-        known = self.undecided.get(position)
-        if known is None:
-            known = self.undecided[position] = Undecided()
-        return known
+        return Draws(self.request_id, rule, self.params, self.seed, self.sample, self.context, len(self.prompt))
 
     @property
     def priority(self) -> int:
@@ -251,39 +249,35 @@ class Request:
     def num_output(self) -> int:
         return len(self.tokens) - len(self.prompt)
 
-    @property
-    def decoding(self) -> bool:
-        """Whether only its last token has still to pass segment 0: no prompt or replay is left."""
-        return self.frontiers[0] >= len(self.tokens) - 1 and self.num_output > 0
+    def take(self, record: TokenRecord) -> None:
+        """A token is settled; `context` has it already."""
+        self.records.append(record)
+        self.depths.append(record.depth)
+        self.tokens.append(record.token_id)
 
-    @property
-    def live_segment(self) -> int | None:
-        """The segment that the live row is to run next; None while a prompt or replay has not reached it."""
-        last = len(self.tokens) - 1
-        if self.frontiers[0] < last:
-            return None
-        return sum(frontier > last for frontier in self.frontiers)
+    def forget_drafts(self) -> None:
+        """Nothing is tentative any more."""
+        del self.context[len(self.tokens) :]
+        self.ahead.clear()
 
-    def pending(self, segment: int) -> int:
-        """How many positions have passed the segment before and not this one."""
-        upto = len(self.tokens) if segment == 0 else self.frontiers[segment - 1]
-        return upto - self.frontiers[segment]
+    def ends(self, token: int, number: int) -> bool:
+        """Whether a token that comes as output `number`, from 1, ends the text."""
+        assert isinstance(self.params.stop_token_ids, tuple)
+        eos = token in self.eos_token_ids and not self.params.ignore_eos
+        return number >= self.params.min_tokens and (eos or token in self.params.stop_token_ids)
 
     def ending(self) -> FinishReason | None:
         """Why the request ends with its last token, if it does; notes a stop token as `stop_reason`."""
         token = self.tokens[-1]
-        assert isinstance(self.params.stop_token_ids, tuple)
-        if self.num_output >= self.params.min_tokens:
-            if token in self.params.stop_token_ids:
-                self.stop_reason = token
-                return FinishReason.STOP
-            if token in self.eos_token_ids and not self.params.ignore_eos:
-                return FinishReason.STOP
+        if self.ends(token, self.num_output):
+            assert isinstance(self.params.stop_token_ids, tuple)
+            self.stop_reason = token if token in self.params.stop_token_ids else None
+            return FinishReason.STOP
         return FinishReason.LENGTH if self.num_output >= self.max_tokens else None
 
-    def banned(self) -> tuple[int, ...]:
-        """Tokens that may not come next, because min_tokens is not reached."""
-        if not self.params.min_tokens or self.num_output >= self.params.min_tokens:
+    def banned(self, number: int) -> tuple[int, ...]:
+        """Tokens that may not come after `number` outputs, because min_tokens is not reached."""
+        if number >= self.params.min_tokens:
             return ()
         assert isinstance(self.params.stop_token_ids, tuple)
         return tuple(sorted(self.eos_token_ids | set(self.params.stop_token_ids)))

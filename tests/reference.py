@@ -129,7 +129,7 @@ class Reference:
             value = torch.softmax(w @ hidden + b, 0)[1].item()
         else:
             seed, sample, position = where[1:]
-            value = uniform(seed, sample, position, self.exits.index(exit_layer))
+            value = uniform(seed, sample, position, self.exits.index(exit_layer)).item()
         return max(0.0, min(1.0, value))
 
     def generate(self, prompt: list[int], params: SamplingParams, rule: Rule, seed: int, sample: int) -> list[RefToken]:
@@ -219,5 +219,5 @@ class Reference:
                 kept.append(i)
                 mass += p[i].item() / total
             allowed = kept
-        noise = gumbel([key], len(scaled), torch.device("cpu"))[0]
+        noise = gumbel(key, len(scaled), torch.device("cpu"))[0]
         return max(allowed, key=lambda i: (scaled[i] + noise[i]).item())

@@ -527,7 +527,8 @@ def failing_once(llm, monkeypatch, number, error):
 
     def run_or_fail(batch):
         if next(count) == number:
-            hit.update(span.request_id for span in batch.spans)
+            scheduler = llm.engine.scheduler
+            hit.update(scheduler.seats[seat].request_id for seat in scheduler.work(batch).spans.tolist())
             raise error
         return run(batch)
 

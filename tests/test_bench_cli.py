@@ -87,13 +87,18 @@ def test_simulate_on_a_machine_and_on_a_measured_profile(text_model: Path, tmp_p
 def test_advise_says_yes_or_no_and_why(text_model: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("the cat sat on the mat; the dog sat on the log. " * 60)
     done = drex(
-        "advise", str(text_model), "--text", str(tmp_path / "t.txt"), "--exits", "3", "--tokens", "256", "--json"
+        "advise", str(text_model), "--text", str(tmp_path / "t.txt"), "--exits", "2,4", "--tokens", "256", "--json"
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["text"].startswith(("Yes: threshold", "No, run full depth"))
     assert found["pays"] == (found["recommended"] is not None)
-    assert [outcome["threshold"] for outcome in found["outcomes"]] == [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    every, fewer = found["outcomes"][:6], found["outcomes"][6:]
+    assert [outcome["threshold"] for outcome in every] == [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    assert all(outcome["exits"] == [2, 4] and len(outcome["exit_rates"]) == 2 for outcome in every)
+    # Where any threshold is good enough, each exit point is looked at alone too.
+    assert [outcome["exits"] for outcome in fewer] in ([], [[2], [4]])
+    assert "after layer" in found["text"] or "no threshold keeps the loss" in found["text"]
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from drex import LLM, EarlyExit, SamplingParams
-from drex.control.plan import Pass
+from drex.control.plan import Pass, Rows
 
 
 @pytest.mark.parametrize("fill", ["recompute", "project", "alias", "mask"])
@@ -23,17 +24,21 @@ def test_rows_wait_in_the_arena_untouched(models: dict[str, Path], fill: str) ->
     runner = llm._runner
     address = runner.arena.data_ptr()
     run = runner.run
-    written: dict[tuple[str, int], torch.Tensor] = {}
+    written: dict[tuple[int, int], torch.Tensor] = {}
     waited = 0
 
     def watched(batch: Pass) -> Any:
         nonlocal waited
-        rows = {
-            (span.request_id, int(p)): int(row)
-            for span in batch.spans
-            for part in (span.full, span.fill)
-            for p, row in zip(part.positions, part.arena, strict=True)
-        }
+        spans = llm.engine.scheduler.work(batch).spans
+
+        def places(part: Rows, owners: np.ndarray) -> dict[tuple[int, int], int]:
+            keys = zip(owners.tolist(), part.positions.tolist(), strict=True)
+            return dict(zip(keys, part.arena.tolist(), strict=True))
+
+        # A request keeps its seat to the end here, so that seat and position name a row.
+        full = places(batch.full, np.repeat(spans, batch.sizes))
+        fill = places(batch.fill, np.repeat(spans, batch.stops - batch.starts - batch.sizes)[: batch.fill.size])
+        rows = full | fill
         if batch.segment:
             for key, row in rows.items():
                 assert torch.equal(runner.arena[row], written[key]), "a waiting row has changed"
@@ -42,11 +47,10 @@ def test_rows_wait_in_the_arena_untouched(models: dict[str, Path], fill: str) ->
         result = run(batch)
         others = sorted(set(range(len(before))) - set(rows.values()))
         assert torch.equal(runner.arena[others].nan_to_num(), before[others].nan_to_num())
-        for span in batch.spans:
-            for p, row in zip(span.full.positions, span.full.arena, strict=True):
-                written[span.request_id, int(p)] = runner.arena[int(row)].clone()
-            fills = list(span.fill.arena)
-            assert torch.equal(runner.arena[fills], before[fills]), "a fill row keeps its exit state"
+        for key, row in full.items():
+            written[key] = runner.arena[row].clone()
+        fills = list(fill.values())
+        assert torch.equal(runner.arena[fills], before[fills]), "a fill row keeps its exit state"
         assert runner.arena.data_ptr() == address
         return result
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import COMMON
@@ -15,7 +17,7 @@ from drex.compute.noise import gumbel
 from drex.compute.sampler import judge
 from drex.config import ExitRule
 from drex.control.hashing import GOLDEN, MIX, mix, uniform
-from drex.control.plan import Draws, Evaluation, Verdict
+from drex.control.plan import Draws, Evaluations, Verdicts
 from drex.engine.detokenizer import Detokenizer
 from drex.llm import LLM
 
@@ -64,26 +66,40 @@ def slow_token(logits, params, history, prompt_length, seed, sample=0, banned=()
     logits = slow_logits(logits, params, history, prompt_length, banned)
     if params.temperature == 0:
         return max(range(len(logits)), key=lambda token: logits[token])
-    noise = gumbel([mix(seed, sample, len(history) - 1)], len(logits), CPU)[0].tolist()
+    noise = gumbel(mix(seed, sample, len(history) - 1), len(logits), CPU)[0].tolist()
     support = slow_support(logits, params)
     return max(support, key=lambda token: support[token] + noise[token])
 
 
-def verdicts(logits, evaluations):
+class Asked(NamedTuple):
+    """One evaluation."""
+
+    position: int
+    draws: Draws
+    banned: tuple[int, ...]
+
+
+def tokens(logits, asked):
+    """What is drawn for each of the evaluations."""
     logits = torch.as_tensor(logits)
     none = torch.zeros(len(logits), 1)
-    return judge(Measured(logits, logits.logsumexp(-1), logits.argmax(-1), none, none, 0, True, None), evaluations)
+    rows = np.arange(len(asked))
+    evaluations = Evaluations(
+        rows=rows,
+        positions=np.array([each.position for each in asked]),
+        thresholds=np.full(len(asked), np.nan),
+        draws=[each.draws for each in asked],
+        agreeing=np.zeros((2, len(asked)), dtype=np.int64),
+        banned={row: each.banned for row, each in enumerate(asked) if each.banned},
+        targets={},
+    )
+    measured = Measured(logits, logits.logsumexp(-1), logits.argmax(-1), none, none, 0, True, None)
+    return judge(measured, evaluations).tokens.tolist()
 
 
 def evaluation(params, history=(0,), prompt_length=1, seed=0, sample=0, banned=()):
-    return Evaluation(
-        row=0,
-        position=len(history) - 1,
-        threshold=None,
-        draws=Draws(ExitRule("max_prob", ()), params, seed, sample, list(history), prompt_length),
-        agreeing=(0, 0),
-        banned=banned,
-    )
+    draws = Draws("", ExitRule("max_prob", ()), params, seed, sample, list(history), prompt_length)
+    return Asked(len(history) - 1, draws, banned)
 
 
 SETTINGS = [
@@ -125,7 +141,7 @@ def test_tokens_equal_the_slow_reference(dtype):
         facts["banned"] = tuple(rng.sample(range(40), rng.choice((0, 0, 5))))
         evaluations.append(evaluation(params, **facts))
         expected.append(slow_token(row.tolist(), params, **facts))
-    assert [verdict.token_id for verdict in verdicts(logits, evaluations)] == expected
+    assert tokens(logits, evaluations) == expected
     assert len(set(expected)) > 20
 
 
@@ -150,8 +166,8 @@ def test_penalties_by_hand(settings, logits, expected):
         gap = max(v for t, v in enumerate(expected) if t != token) - expected[token]
         for extra, wins in ((gap + 0.01, True), (gap - 0.01, False)):
             params = SamplingParams(temperature=0, logit_bias={**bias, token: bias.get(token, 0.0) + extra}, **settings)
-            [verdict] = verdicts([logits], [evaluation(params, history, prompt_length=2)])
-            assert (verdict.token_id == token) == wins
+            [drawn] = tokens([logits], [evaluation(params, history, prompt_length=2)])
+            assert (drawn == token) == wins
 
 
 def test_a_tiny_temperature_is_greedy():
@@ -160,7 +176,7 @@ def test_a_tiny_temperature_is_greedy():
     for temperature in (1e-3, 1e-20, 1e-38, 1e-40, 1e-300):
         for truncation in ({}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 2}):
             params = SamplingParams(temperature=temperature, **truncation)
-            assert verdicts(logits, [evaluation(params)])[0].token_id == 1, (temperature, truncation)
+            assert tokens(logits, [evaluation(params)]) == [1], (temperature, truncation)
 
 
 @pytest.mark.parametrize(
@@ -172,8 +188,8 @@ def test_frequencies_are_those_of_the_distribution(settings):
     params, draws = SamplingParams(**settings), 4000
     logits = [1.0, 0.2, -0.5, 2.0, 0.0, -3.0, 1.3, 0.9]
     rows = torch.tensor([logits], dtype=torch.float64).expand(draws, -1)
-    found = verdicts(rows, [evaluation(params, history=[0] * (i + 1), seed=5) for i in range(draws)])
-    counts = [sum(verdict.token_id == token for verdict in found) for token in range(len(logits))]
+    found = tokens(rows, [evaluation(params, history=[0] * (i + 1), seed=5) for i in range(draws)])
+    counts = [found.count(token) for token in range(len(logits))]
     support = slow_support(logits, params)
     total = sum(map(math.exp, support.values()))
     for token, count in enumerate(counts):
@@ -195,9 +211,9 @@ def kolmogorov_smirnov(values):
 def test_noise_is_uniform_and_independent():
     """Over tokens, positions, samples and seeds, each alone and beside its neighbour."""
     keys = {
-        "positions": [mix(0, 0, position) for position in range(300)],
-        "samples": [mix(0, sample, 9) for sample in range(300)],
-        "seeds": [mix(seed, 0, 9) for seed in range(300)],
+        "positions": mix(0, 0, range(300)),
+        "samples": mix(0, range(300), 9),
+        "seeds": mix(range(300), 0, 9),
     }
     for name, some in keys.items():
         noise = gumbel(some, 400, CPU)
@@ -209,14 +225,14 @@ def test_noise_is_uniform_and_independent():
             assert kolmogorov_smirnov(neighbour.remainder(1)) < 1.95, name
         assert abs(float(noise.mean()) - 0.5772) < 0.02
         assert abs(float(noise.var()) - math.pi**2 / 6) < 0.04
-    assert kolmogorov_smirnov(torch.tensor([uniform(1, 2, position) for position in range(5000)])) < 1.95
+    assert kolmogorov_smirnov(torch.from_numpy(uniform(1, 2, range(5000)))) < 1.95
 
 
 def test_noise_depends_on_each_of_its_inputs_and_on_nothing_else():
-    base = gumbel([mix(1, 2, 3)], 50, CPU)
-    assert torch.equal(base, gumbel([mix(9, 9, 9), mix(1, 2, 3)], 70, CPU)[1:, :50])
+    base = gumbel(mix(1, 2, 3), 50, CPU)
+    assert torch.equal(base, gumbel(mix([9, 1], [9, 2], np.array([9, 3])), 70, CPU)[1:, :50])
     for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4), (2, 1, 3), (1, 3, 2)):
-        assert not torch.isclose(base, gumbel([mix(*other)], 50, CPU)).any()
+        assert not torch.isclose(base, gumbel(mix(*other), 50, CPU)).any()
 
 
 @pytest.mark.parametrize("bits", [0, 2**64 - 1], ids=["lowest", "highest"])
@@ -227,7 +243,7 @@ def test_noise_is_finite_at_its_extremes(bits):
         state = mixed = state * pow(factor, -1, 2**64) % 2**64
         for _ in range(64 // shift):
             state = mixed ^ (state >> shift)
-    assert gumbel([(state - GOLDEN) % 2**64], 3, CPU).isfinite().all()
+    assert gumbel(np.array([(state - GOLDEN) % 2**64], dtype=np.uint64), 3, CPU).isfinite().all()
 
 
 # Sampling through the engine
@@ -459,13 +475,10 @@ def speak(text_model):
 
     def scripted(ids):
         def run(batch):
-            return tuple(
-                tuple(
-                    Verdict(ids[e.position + 1 - e.draws.prompt_length], -1.0, 1.0, False, (0, 1), ())
-                    for e in span.evaluations
-                )
-                for span in batch.spans
-            )
+            asked = batch.evaluations
+            said = [ids[p + 1 - d.prompt_length] for p, d in zip(asked.positions, asked.draws, strict=True)]
+            ones = np.ones(len(said))
+            return Verdicts(np.array(said), -ones, ones, ones < 0, np.ones((2, len(said)), dtype=np.int64), {})
 
         llm.engine.executor.runner.run = run
         return llm
@@ -676,7 +689,7 @@ def test_a_stream_concatenates_to_what_generate_gives(talker):
     params = SamplingParams(n=3, seed=5, max_tokens=14, stop=["a", "東"], ignore_eos=True)
     samples = talker.generate("the cat", params)[0].outputs
     chunks = list(talker.stream("the cat", params))
-    assert len(chunks) == sum(len(sample.tokens) for sample in samples)
+    assert sum(len(chunk.tokens) for chunk in chunks) == sum(len(sample.tokens) for sample in samples)
     for sample in samples:
         own = [chunk for chunk in chunks if chunk.index == sample.index]
         assert "".join(chunk.text for chunk in own) == sample.text

@@ -22,10 +22,11 @@ WORTH_IT = 1.02
 
 @dataclass(frozen=True)
 class Outcome:
-    """One threshold.
+    """One threshold, at some of the exit points.
 
     Attributes:
-        threshold: at every exit point.
+        threshold: at each of them.
+        exits: layers that they lie after.
         exit_rates: share of the tokens reaching each exit point that leave there.
         agreement: share of tokens whose most likely successor is full depth's.
         loss_ratio: loss over that of full depth.
@@ -33,6 +34,7 @@ class Outcome:
     """
 
     threshold: float
+    exits: tuple[int, ...]
     exit_rates: tuple[float, ...]
     agreement: float
     loss_ratio: float
@@ -72,28 +74,56 @@ def advise(
         in_flight: counts of requests.
         tolerance: the largest share by which the loss may grow.
     """
-    full = llm.score(texts)
-    loss = sum(scored.loss for scored in full) / len(full)
-    cost = CostModel(llm.profile)
-    context = sum(map(len, texts)) / len(texts)
-    outcomes = []
-    for threshold in thresholds:
-        scored = llm.score(texts, early_exit=EarlyExit(thresholds=threshold))
-        rates = _exit_rates(llm, [layer for each in scored for layer in each.exit_layers])
-        same = [a == b for x, y in zip(full, scored, strict=True) for a, b in zip(x.best, y.best, strict=True)]
-        gains: dict[int, float | None] = {}
-        for count in in_flight:
-            found = measure(cost, rates, count, context, llm.model.exits.kv_fill)
-            gains[count] = None if found.optimal is None else found.optimal / found.full
-        ratio = sum(each.loss for each in scored) / len(scored) / loss
-        outcomes.append(Outcome(threshold, rates, sum(same) / len(same), ratio, gains))
+    look = _Look(llm, texts, in_flight)
+    every = llm.model.exits.layers
+    outcomes = [look.at(threshold, every) for threshold in thresholds]
+    if len(every) > 1:
+        # Each check costs a head: fewer exit points may be worth more.
+        best = _best([outcome for outcome in outcomes if outcome.loss_ratio <= 1 + tolerance])
+        if best is not None:
+            outcomes += [look.at(best.threshold, (layer,)) for layer in every]
     return _decide(llm, outcomes, tolerance)
 
 
-def _exit_rates(llm: LLM, depths: list[int]) -> tuple[float, ...]:
+class _Look:
+    """Scores the user's texts at a threshold, and predicts what it gains.
+
+    Args:
+        llm: with exit points and a profile.
+        texts: token ids.
+        in_flight: counts of requests.
+    """
+
+    def __init__(self, llm: LLM, texts: Sequence[Sequence[int]], in_flight: Sequence[int]) -> None:
+        self._llm, self._texts, self._in_flight = llm, texts, in_flight
+        self._full = llm.score(texts)
+        self._loss = sum(scored.loss for scored in self._full) / len(texts)
+        self._context = sum(map(len, texts)) / len(texts)
+
+    def at(self, threshold: float, exits: Sequence[int]) -> Outcome:
+        """One threshold at some exit points, by layer."""
+        llm = self._llm
+        scored = llm.score(self._texts, early_exit=EarlyExit(layers=tuple(exits), thresholds=threshold))
+        rates = _exit_rates(exits, [layer for each in scored for layer in each.exit_layers])
+        same = [a == b for x, y in zip(self._full, scored, strict=True) for a, b in zip(x.best, y.best, strict=True)]
+        kept = [number for number, layer in enumerate(llm.model.exits.layers) if layer in exits]
+        cost = CostModel(llm.profile.with_exits(kept))
+        gains: dict[int, float | None] = {}
+        for count in self._in_flight:
+            found = measure(cost, rates, count, self._context, llm.model.exits.kv_fill)
+            gains[count] = None if found.optimal is None else found.optimal / found.full
+        ratio = sum(each.loss for each in scored) / len(scored) / self._loss
+        return Outcome(threshold, tuple(exits), rates, sum(same) / len(same), ratio, gains)
+
+
+def _best(outcomes: Sequence[Outcome]) -> Outcome | None:
+    return max(outcomes, key=lambda outcome: outcome.best_gain, default=None)
+
+
+def _exit_rates(exits: Sequence[int], depths: list[int]) -> tuple[float, ...]:
     """Share of the tokens reaching each exit point that leave there."""
     rates, left = [], len(depths)
-    for layer in llm.model.exits.layers:
+    for layer in exits:
         here = depths.count(layer)
         rates.append(here / left if left else 0.0)
         left -= here
@@ -109,29 +139,34 @@ def _decide(llm: LLM, outcomes: list[Outcome], tolerance: float) -> Advice:
             f"{lowest.threshold:g}, {lowest.loss_ratio - 1:+.1%}. The exits would have to be trained more."
         )
         return Advice(False, text, tuple(outcomes), None)
-    best = max(allowed, key=lambda outcome: outcome.best_gain)
+    best = _best(allowed)
+    assert best is not None
     if best.best_gain < WORTH_IT:
         early = 1 - math.prod(1 - rate for rate in best.exit_rates)
         text = (
-            f"No, run full depth: at threshold {best.threshold:g}, {early:.0%} of the tokens exit, and the best gain "
-            f"at any count in flight is {best.best_gain - 1:+.1%}. Exit checks and the K/V of skipped layers cost what "
-            "is saved."
+            f"No, run full depth: at threshold {best.threshold:g} after {_layers(best)}, {early:.0%} of the tokens "
+            f"exit, and the best gain at any count in flight is {best.best_gain - 1:+.1%}. Exit checks and the K/V of "
+            "skipped layers cost what is saved."
         )
         return Advice(False, text, tuple(outcomes), None)
     good = [count for count, gain in best.gains.items() if gain is not None and gain >= WORTH_IT]
     bad = [count for count in best.gains if count not in good]
     text = (
-        f"Yes: threshold {best.threshold:g} gains up to {best.best_gain - 1:+.0%} "
+        f"Yes: threshold {best.threshold:g} after {_layers(best)} gains up to {best.best_gain - 1:+.0%} "
         f"(at {', '.join(map(str, good))} in flight), loss {best.loss_ratio - 1:+.2%}, "
         f"{best.agreement:.1%} of the tokens as at full depth."
     )
     if bad:
         text += f" At {', '.join(map(str, bad))} in flight it does not pay: serve with adaptive, or at full depth."
     settings = {
-        "exits": list(llm.model.exits.layers),
+        "exits": list(best.exits),
         "thresholds": best.threshold,
         "kv_fill": llm.model.exits.kv_fill,
         "policy": "drex",
         "adaptive": bool(bad),
     }
     return Advice(True, text, tuple(outcomes), settings)
+
+
+def _layers(outcome: Outcome) -> str:
+    return f"layer{'s' * (len(outcome.exits) > 1)} {' and '.join(map(str, outcome.exits))}"

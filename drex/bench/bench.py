@@ -52,6 +52,7 @@ class Workload:
                 eos_token_ids=frozenset() if params.ignore_eos else subject.model.decoder.spec.eos_token_ids,
                 num_segments=segments,
                 arrival=number,
+                run_ahead=engine.scheduler.config.run_ahead if segments > 1 else "off",
             )
             out.append((job.arrival, request))
         return out
@@ -83,7 +84,6 @@ def run(
     workload: Callable[[int], Workload],
     repeats: int,
     *,
-    adaptive: bool = False,
     told: Callable[[Cell], None] = lambda cell: None,
 ) -> dict[str, Any]:
     """Benchmark policies.
@@ -107,7 +107,7 @@ def run(
         work = workload(count)
         described = described or work.describe()
         closed = work.kind == "closed"
-        cells = [Cell(policy, count, subject.engine(policy, count, adaptive=adaptive), closed) for policy in policies]
+        cells = [Cell(policy, count, subject.engine(policy, count), closed) for policy in policies]
         for cell in cells:
             cell.warm_up(work.requests(subject, cell.engine, -1)[: 2 * count])
         take_turns(cells, lambda cell, w=work: w.requests(subject, cell.engine, len(cell.speeds)), repeats, told)  # type: ignore[misc]

@@ -91,6 +91,27 @@ def take_turns(
             told(cell)
 
 
+def while_all_decode(engine: Engine, arrivals: Arrivals, count: int) -> list[PassRecord]:
+    """Serve `count` requests that come at once; returns the passes from when all have a token until one is done.
+
+    What waits at its end has cost something and brought nothing yet: outputs should be long.
+    """
+    history: list[PassRecord] = []
+    engine.history = history
+    started: set[str] = set()
+    edges: list[int] = []
+
+    def each(emitted: Emitted) -> None:
+        name, _, done = emitted
+        started.add(name)
+        if (len(started) == count and not edges) or (done is not None and len(edges) == 1):
+            edges.append(len(history))
+
+    serve(engine, arrivals, each, closed=True)
+    assert len(edges) == 2, "a request ended before all had begun: ask for more tokens"
+    return list(history[edges[0] : edges[1]])
+
+
 def summarise(cells: Sequence[Cell], layers: Sequence[int]) -> list[dict[str, Any]]:
     """The runs of a report, for cells of one count in flight.
 
@@ -133,12 +154,21 @@ def _summary(cell: Cell, found: Found | None, layers: Sequence[int]) -> dict[str
         "cost_error": scheduler.cost.error_quantiles(),
         "slots": {"peak": cell.engine.stats.peak_slots, "capacity": scheduler.pool.capacity},
         "preemptions": scheduler.preemptions,
+        "run_ahead": _run_ahead(cell) if scheduler.config.run_ahead != "off" else None,
         "late": scheduler.deadlines.late,
         "infeasible": scheduler.deadlines.infeasible,
         "quality": None,
         "time": _time(cell, len(layers)),
         "occupancy": _occupancy(cell.history),
     }
+
+
+def _run_ahead(cell: Cell) -> dict[str, Any]:
+    """Drafts, and how many tokens a flush brought: a pass over the last segment, that no prompt took part in."""
+    last = cell.engine.scheduler.segments - 1
+    flushes = [record.tokens for record in cell.history if record.segment == last and not record.prompts]
+    per_flush = sum(record.tokens for record in cell.history if not record.prompts) / max(1, len(flushes))
+    return {**cell.engine.scheduler.drafts.report(), "tokens_per_flush": per_flush}
 
 
 def decode_rate(history: Sequence[PassRecord]) -> float | None:

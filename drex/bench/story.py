@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-POLICIES = ("drex", "full", "split", "art", "consensus", "majority", "greedy", "latency_only")
+POLICIES = (
+    "drex",
+    "drex+run-ahead",
+    "drex+lossless",
+    "full",
+    "split",
+    "art",
+    "consensus",
+    "majority",
+    "greedy",
+    "latency_only",
+)
 """In the order of the charts; a policy's place decides its colour and marker, the same on every page."""
 DASH, TIMES_SIGN = "\u2013", "\u00d7"
 NONE = DASH

@@ -22,7 +22,7 @@ from drex.compute.heads import ExitHead
 from drex.compute.load import LoadedModel, inspect_model, load_model, pick_device
 from drex.compute.segments import SegmentRunner
 from drex.compute.spec import ModelSpec
-from drex.config import EarlyExit, EngineConfig, ExitPlan, ExitRule
+from drex.config import EarlyExit, EngineConfig, ExitPlan, ExitRule, policy_settings
 from drex.control.cost import CostModel
 from drex.control.profile import Profile
 from drex.control.scheduler import Scheduler
@@ -62,8 +62,13 @@ class Subject:
         plan = ExitPlan((), ExitRule("max_prob", ()), self.model.exits.kv_fill)
         return replace(self.model, heads=(), exits=plan, layout=SlotLayout((self.model.decoder.spec.num_layers,)))
 
-    def engine(self, policy: str, in_flight: int, *, adaptive: bool = False) -> Engine:
-        """A fresh engine over the shared weights and pool; others over the same layout must be idle."""
+    def engine(self, policy: str, in_flight: int) -> Engine:
+        """A fresh engine over the shared weights and pool; others over the same layout must be idle.
+
+        Args:
+            policy: a name that `policy_settings` knows.
+            in_flight: requests.
+        """
         model = self.without_exits() if policy == "full" else self.model
         segments = len(model.layout.lengths)
         runner = self._runner(model)
@@ -71,7 +76,7 @@ class Subject:
             # The first layout that is profiled chooses the threads; the others are measured with as many.
             threads = torch.get_num_threads() if self.profiles else None
             self.profiles[segments] = obtain(None, runner, self.config, model.exits, threads)
-        config = replace(self.config, policy=policy, max_num_seqs=in_flight, adaptive=adaptive)
+        config = replace(self.config, max_num_seqs=in_flight, **policy_settings(policy))
         scheduler = Scheduler(config, model.layout, model.exits.kv_fill, CostModel(self.profiles[segments]))
         return Engine(scheduler, TorchExecutor(runner))
 

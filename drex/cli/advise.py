@@ -61,10 +61,11 @@ def advise(
         typer.echo(json.dumps(asdict(found)))
         return
     table = Table(box=box.SIMPLE, title="predicted speed against full depth, by requests in flight")
-    for name in ("thr.", "exit", "loss", "same", *map(str, counts)):
+    for name in ("exits", "thr.", "leave", "loss", "same", *map(str, counts)):
         table.add_column(name, justify="right", no_wrap=True)
     for outcome in found.outcomes:
         table.add_row(
+            ",".join(map(str, outcome.exits)),
             f"{outcome.threshold:g}",
             " ".join(f"{rate:.0%}" for rate in outcome.exit_rates),
             f"{outcome.loss_ratio - 1:+.1%}",

@@ -42,7 +42,11 @@ def bench(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Hugging Face folder or hub id; none: the bundled model.")] = None,
     policies: Annotated[
-        str, typer.Option(help="Of drex, split, full, art, consensus, majority, greedy, latency_only.")
+        str,
+        typer.Option(
+            help="Of drex, split, full, art, consensus, majority, greedy, latency_only; drex+run-ahead, drex+lossless, "
+            "drex+adaptive."
+        ),
     ] = "full,split,drex",
     in_flight: Annotated[str, typer.Option(help="Requests in flight, each count a round of its own.")] = "1,8,32",
     shape: Annotated[str | None, typer.Option(help="Random weights of this shape instead of a model.")] = None,
@@ -97,17 +101,20 @@ def bench(
     from drex.bench.runner import Cell
     from drex.bench.subject import synthetic, trained
     from drex.bench.table import show
-    from drex.config import EngineConfig, check_policies
+    from drex.config import EngineConfig, policy_settings
 
     # Whether early exit pays is in the report.
     logging.getLogger("drex.engine").setLevel(logging.ERROR)
-    names, counts = check_policies(policies.split(",")), parse_ints(in_flight, "--in-flight")
+    names, counts = policies.split(","), parse_ints(in_flight, "--in-flight")
+    for name in names:
+        policy_settings(name)
     longest = LONGEST_PROMPT + output_tokens
     config = EngineConfig(
         max_model_len=longest,
         max_num_seqs=max(counts),
         kv_cache_tokens=max(counts) * longest,
         max_slowdown=max_slowdown,
+        adaptive=adaptive,
     )
     if shape is None and exit_rates is not None:
         raise ValueError("--exit-rates goes with --shape: a trained model has its own exits")
@@ -124,7 +131,7 @@ def bench(
         if sys.stderr.isatty():
             err.print(f"{cell.policy}, {cell.in_flight} in flight: {cell.speeds[-1]:.1f} tokens/s", style="dim")
 
-    report = run(subject, names, counts, make, repeats, adaptive=adaptive, told=told)
+    report = run(subject, names, counts, make, repeats, told=told)
     show(report, Console())
     for path, text in ((json_file, json.dumps(report, indent=1)), (html_file, render(report) if html_file else "")):
         if path is not None:

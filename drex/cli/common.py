@@ -24,6 +24,10 @@ KvFillOption = Annotated[
     str | None, typer.Option("--kv-fill", help="K/V of skipped layers: recompute, project, alias or mask.")
 ]
 PolicyOption = Annotated[str, typer.Option("--policy", help="drex, split or full.")]
+RunAheadOption = Annotated[
+    str,
+    typer.Option("--run-ahead", help="Draft on while waiting: off, trusted, or lossless (full depth's own tokens)."),
+]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
 

@@ -32,13 +32,17 @@ def evaluate(
         float | None,
         typer.Option(help="Write the lowest threshold with a loss within this share of full depth to early_exit.json."),
     ] = None,
+    confidences_file: Annotated[
+        Path | None,
+        typer.Option("--confidences", help="Write what each exit says of each token here, for drex simulate."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Measure what early exit costs in quality, teacher-forced, at several thresholds."""
     from drex.llm import LLM
     from drex.tuning.corpus import read_documents, split_held_out, standard_library
+    from drex.tuning.evaluate import confidences, held_out_blocks, set_threshold
     from drex.tuning.evaluate import evaluate as run
-    from drex.tuning.evaluate import held_out_blocks, set_threshold
 
     if bool(text) == stdlib:
         raise ValueError("name the text to score: either --text PATH or --stdlib")
@@ -51,7 +55,12 @@ def evaluate(
     )
     llm = LLM(model, early_exit=settings, dtype=dtype)
     documents = split_held_out(standard_library(), held_out_share)[1] if stdlib else read_documents(text or ())
-    measured = run(llm, held_out_blocks(llm, documents, tokens), grid)
+    blocks = held_out_blocks(llm, documents, tokens)
+    if confidences_file is not None:
+        lines = [json.dumps(each) + "\n" for each in confidences(llm, blocks)]
+        confidences_file.write_text("".join(lines), encoding="utf-8")
+        typer.echo(f"wrote {confidences_file}", err=True)
+    measured = run(llm, blocks, grid)
     if as_json:
         typer.echo(json.dumps([asdict(quality) for quality in measured]))
     else:

@@ -23,6 +23,7 @@ from drex.cli.common import (
     KvFillOption,
     ModelOption,
     PolicyOption,
+    RunAheadOption,
     ThresholdsOption,
     early_exit_from,
 )
@@ -68,6 +69,7 @@ def generate(
     kv_fill: KvFillOption = None,
     full_depth: Annotated[bool, typer.Option("--full-depth", help="No early exit.")] = False,
     policy: PolicyOption = "drex",
+    run_ahead: RunAheadOption = "trusted",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     max_num_seqs: Annotated[int, typer.Option(help="Requests in flight.")] = 64,
@@ -89,7 +91,15 @@ def generate(
     jobs = _read_jobs(prompt, file, jsonl)
     from drex.llm import LLM
 
-    llm = LLM(model, early_exit=early_exit, dtype=dtype, device=device, policy=policy, max_num_seqs=max_num_seqs)
+    llm = LLM(
+        model,
+        early_exit=early_exit,
+        dtype=dtype,
+        device=device,
+        policy=policy,
+        run_ahead=run_ahead,
+        max_num_seqs=max_num_seqs,
+    )
     layers = llm.model.decoder.spec.num_layers
     for job in jobs:
         if job.error is None:

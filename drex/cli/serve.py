@@ -15,6 +15,7 @@ from drex.cli.common import (
     ExitsOption,
     KvFillOption,
     PolicyOption,
+    RunAheadOption,
     ThresholdsOption,
     early_exit_from,
 )
@@ -54,6 +55,7 @@ def serve(
     kv_fill: KvFillOption = None,
     full_depth: Annotated[bool, typer.Option("--full-depth", help="No early exit.")] = False,
     policy: PolicyOption = "drex",
+    run_ahead: RunAheadOption = "trusted",
     max_slowdown: Annotated[float | None, typer.Option(help="Bound on time against full depth, as a factor.")] = None,
     adaptive: Annotated[bool, typer.Option("--adaptive", help="Stop checking exits while that does not pay.")] = False,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, where it is not beside the model.")] = None,
@@ -104,6 +106,7 @@ def serve(
             dtype=dtype,
             device=device,
             policy=policy,
+            run_ahead=run_ahead,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from drex.cli.common import EXIT_LAYERS_HELP, parse_floats, parse_ints
+from drex.cli.common import EXIT_LAYERS_HELP, ThresholdsOption, parse_floats, parse_ints
 
 
 def simulate(
@@ -23,6 +23,13 @@ def simulate(
     exits: Annotated[str | None, typer.Option("--exits", help=EXIT_LAYERS_HELP)] = None,
     exit_rates: Annotated[str, typer.Option(help="Share that exits at each exit point.")] = "0.6",
     exit_trace: Annotated[Path | None, typer.Option(help="Recorded exits: what drex generate --json printed.")] = None,
+    confidences: Annotated[
+        Path | None, typer.Option(help="Recorded confidences, of drex evaluate --confidences; goes with --thresholds.")
+    ] = None,
+    thresholds: ThresholdsOption = None,
+    acceptance: Annotated[
+        float, typer.Option(help="Share of the exits' tokens that full depth would say too, where nothing is recorded.")
+    ] = 1.0,
     kv_fill: Annotated[str, typer.Option(help="recompute, project, alias or mask.")] = "recompute",
     policies: Annotated[str, typer.Option(help="See drex bench.")] = "full,split,drex",
     in_flight: Annotated[str, typer.Option(help="Requests in flight, each count a run of its own.")] = "8,32,256",
@@ -47,12 +54,12 @@ def simulate(
     from drex.bench.html import render
     from drex.bench.machine import versions
     from drex.bench.table import show
-    from drex.config import EngineConfig, check_policies
+    from drex.config import EngineConfig, per_exit
     from drex.control.profile import load_profile
     from drex.request import SamplingParams
     from drex.sim.machines import MACHINES, roofline
     from drex.sim.shapes import SHAPES
-    from drex.sim.simulate import Scenario, read_depths, run, segment_lengths
+    from drex.sim.simulate import Scenario, read_confidences, read_depths, run, segment_lengths
     from drex.sim.workload import draw_jobs, read_trace
 
     # Whether early exit pays is in the report.
@@ -70,8 +77,12 @@ def simulate(
     if len(rates) != len(layers) or not all(0 <= rate < 1 for rate in rates):
         raise ValueError(f"--exit-rates {exit_rates}: give a share in [0, 1) for each exit after {list(layers)}")
     depths = read_depths(exit_trace, [*layers, size.layers]) if exit_trace else ()
+    limits = per_exit(parse_floats(thresholds, "--thresholds"), len(layers)) if thresholds else ()
+    if (confidences is None) != (thresholds is None):
+        raise ValueError("--confidences and --thresholds go together")
+    recorded = None if confidences is None else read_confidences(confidences, len(layers))
     params = SamplingParams(temperature=0.0, ignore_eos=True, tpot_ms=tpot_ms)
-    scenario = Scenario(lengths, costs, rates, kv_fill, params, depths)
+    scenario = Scenario(lengths, costs, rates, kv_fill, params, depths, recorded, limits, acceptance)
     whole: dict[str, object] = {}
     runs: list[object] = []
     for count in parse_ints(in_flight, "--in-flight"):
@@ -90,7 +101,7 @@ def simulate(
             max_slowdown=max_slowdown,
             adaptive=adaptive,
         )
-        whole = run(scenario, check_policies(policies.split(",")), jobs, config)
+        whole = run(scenario, policies.split(","), jobs, config)
         found = whole["runs"]
         assert isinstance(found, list)
         runs.extend(found)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from drex.control.hashing import GOLDEN, MIX
+from drex.control.hashing import GOLDEN, MIX, Hashes
 
 
-def gumbel(keys: list[int], vocab_size: int, device: torch.device) -> Tensor:
+def gumbel(keys: Hashes, vocab_size: int, device: torch.device) -> Tensor:
     """Gumbel noise; adding it to log-probabilities and taking the argmax draws from the distribution.
 
     Args:
@@ -18,7 +19,7 @@ def gumbel(keys: list[int], vocab_size: int, device: torch.device) -> Tensor:
     Returns:
         (rows, vocab_size), float64.
     """
-    start = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device)
+    start = torch.from_numpy(keys.view(np.int64)).to(device)
     state = start[:, None] + torch.arange(1, vocab_size + 1, device=device) * _signed(GOLDEN)
     for shift, factor in MIX:
         state = (state ^ _shift_right(state, shift)) * _signed(factor)

@@ -15,7 +15,7 @@ from drex.compute.decoder import Decoder
 from drex.compute.heads import ExitHead
 from drex.compute.kv import KVPool
 from drex.compute.sampler import judge
-from drex.control.plan import Evaluation, Pass, Verdict
+from drex.control.plan import NOTHING, Evaluations, Pass, Verdicts
 from drex.control.slots import SlotLayout
 
 Probe = tuple[Tensor, Tensor]
@@ -50,18 +50,15 @@ class SegmentRunner:
         self._first_layers = [sum(layout.lengths[:segment]) for segment in range(len(layout.lengths))]
 
     @torch.inference_mode()
-    def run(self, batch: Pass) -> tuple[tuple[Verdict, ...], ...]:
-        """Execute a pass; returns the verdicts of each span's evaluations."""
+    def run(self, batch: Pass) -> Verdicts:
+        """Execute a pass; returns the verdicts of its evaluations."""
         tensors = PassTensors.of(batch, self.decoder.device)
         final = batch.segment == len(self.layout.lengths) - 1
         before, hidden = self._layers(batch, tensors, final)
         if not final:
             self.arena.index_copy_(0, tensors.arena, hidden)
             before, hidden = before.index_select(0, tensors.evaluated), hidden.index_select(0, tensors.evaluated)
-        if not tensors.evaluations:
-            return tuple(() for _ in batch.spans)
-        verdicts = iter(self.evaluate(batch.segment, before, hidden, tensors.evaluations))
-        return tuple(tuple(next(verdicts) for _ in span.evaluations) for span in batch.spans)
+        return self.evaluate(batch.segment, before, hidden, batch.evaluations)
 
     def _layers(self, batch: Pass, tensors: PassTensors, final: bool) -> tuple[Tensor, Tensor]:
         """What the segment's last layer was given, and its output; in the final segment of evaluated rows only."""
@@ -74,7 +71,7 @@ class SegmentRunner:
         full = len(hidden)
         before = hidden
         cos, sin = self._cos.index_select(0, tensors.positions), self._sin.index_select(0, tensors.positions)
-        attention = TorchAttention(self.pool, batch.spans, spec.num_heads, spec.num_kv_heads)
+        attention = TorchAttention(self.pool, batch, spec.num_heads, spec.num_kv_heads)
         first, length = self._first_layers[batch.segment], self.layout.lengths[batch.segment]
         for number in range(length):
             layer = decoder.layers[first + number]
@@ -92,9 +89,7 @@ class SegmentRunner:
         return before, hidden
 
     @torch.inference_mode()
-    def evaluate(
-        self, segment: int, before: Tensor, hidden: Tensor, evaluations: Sequence[Evaluation]
-    ) -> tuple[Verdict, ...]:
+    def evaluate(self, segment: int, before: Tensor, hidden: Tensor, evaluations: Evaluations) -> Verdicts:
         """The verdicts of the head at the end of a segment.
 
         Args:
@@ -103,6 +98,8 @@ class SegmentRunner:
             evaluations: in the same order.
         """
         final = segment == len(self.layout.lengths) - 1
+        if not len(evaluations):
+            return NOTHING
         return judge(self._measure(segment, final, before, hidden), evaluations)
 
     def _measure(self, segment: int, final: bool, before: Tensor, hidden: Tensor) -> Measured:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import numpy as np
+
+from drex.control.plan import BoolArray, IntArray
 
 
 class ArenaRows:
@@ -10,43 +12,43 @@ class ArenaRows:
 
     Args:
         rows: how many the arena has.
+        seats: requests that can hold some.
+        room: positions that a request may reach.
     """
 
-    def __init__(self, rows: int) -> None:
-        self.capacity = rows
-        self._free = list(range(rows - 1, -1, -1))
-        self._held: dict[str, dict[int, int]] = {}
+    def __init__(self, rows: int, seats: int, room: int) -> None:
+        self.capacity = self.free = rows
+        # A stack: the first `free` are nobody's.
+        self._stack: IntArray = np.arange(rows)[::-1].copy()
+        # Left empty, so that only what is used ever takes memory.
+        self._row: IntArray = np.empty((seats, room), dtype=np.int64)
+        self._held: BoolArray = np.zeros((seats, room), dtype=np.bool_)
 
-    @property
-    def free(self) -> int:
-        """Rows nobody holds."""
-        return len(self._free)
+    def take(self, seats: IntArray, positions: IntArray) -> IntArray:
+        """Give each position a row; the caller has seen that there are enough. Shapes: (rows,) each."""
+        assert len(positions) <= self.free
+        self.free -= len(positions)
+        rows = self._stack[self.free : self.free + len(positions)].copy()
+        self._row[seats, positions], self._held[seats, positions] = rows, True
+        return rows
 
-    def take(self, request_id: str, positions: Iterable[int]) -> None:
-        """Give each position a row; the caller has seen that there are enough."""
-        held = self._held.setdefault(request_id, {})
-        for position in positions:
-            assert position not in held
-            held[position] = self._free.pop()
+    def rows(self, seats: IntArray, positions: IntArray) -> IntArray:
+        """The rows that positions hold. Shapes: (rows,) each."""
+        rows: IntArray = self._row[seats, positions]
+        return rows
 
-    def rows(self, request_id: str, positions: Iterable[int]) -> list[int]:
-        """The rows that positions hold."""
-        held = self._held[request_id]
-        return [held[position] for position in positions]
+    def release(self, seats: IntArray, positions: IntArray) -> None:
+        """Take back the rows of positions, each held. Shapes: (rows,) each."""
+        self._stack[self.free : self.free + len(positions)] = self._row[seats, positions]
+        self.free += len(positions)
+        self._held[seats, positions] = False
 
-    def release(self, request_id: str, position: int) -> None:
-        """Take back the row of one position."""
-        self._free.append(self._held[request_id].pop(position))
-
-    def close(self, request_id: str) -> None:
-        """Take back all rows of a request."""
-        self._free.extend(self._held.pop(request_id, {}).values())
-
-    def held(self, request_id: str) -> int:
-        """How many rows a request holds."""
-        return len(self._held.get(request_id, ()))
+    def close(self, seat: int, stop: int, start: int = 0) -> None:
+        """Take back all rows of a request's positions from `start` to `stop`."""
+        positions = start + np.flatnonzero(self._held[seat, start:stop])
+        self.release(np.full(len(positions), seat), positions)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless each row is free or held once."""
-        rows = [*self._free, *(row for held in self._held.values() for row in held.values())]
-        assert sorted(rows) == list(range(self.capacity)), "an arena row is lost or held twice"
+        rows = np.concatenate((self._stack[: self.free], self._row[self._held]))
+        assert np.array_equal(np.sort(rows), np.arange(self.capacity)), "an arena row is lost or held twice"

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from drex.control.plan import Pass
-from drex.control.profile import FloatArray, Profile
+from drex.control.plan import FloatArray, Pass
+from drex.control.profile import Profile
 
 ADAPTATION = 0.05
 """Weight of a new observation in a correction's moving mean."""
@@ -42,13 +42,12 @@ class Load(NamedTuple):
     @classmethod
     def of(cls, batch: Pass) -> Load:
         """The load of a pass."""
-        spans = batch.spans
         return cls(
-            rows=sum([span.full.size for span in spans]),
-            spans=len(spans),
-            entries=sum([span.context[0].length for span in spans]),
-            evaluations=sum([len(span.evaluations) for span in spans]),
-            kv_rows=sum([span.fill.size for span in spans]),
+            rows=batch.full.size,
+            spans=batch.spans,
+            entries=int(batch.context.lengths.sum()),
+            evaluations=len(batch.evaluations),
+            kv_rows=batch.fill.size,
         )
 
 

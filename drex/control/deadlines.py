@@ -7,9 +7,9 @@ full depth would take for each token, at as many in flight, adds up to a due tim
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
-from drex.request import Request
+from drex.control.plan import FloatArray
+from drex.request import Request, SamplingParams
 
 CHUNK_FLOOR = 16
 """Prompt rows a pass may have whatever is due: prompts are never starved by deadlines."""
@@ -56,17 +56,11 @@ class Deadlines:
             due = min(due, request.paced_due)
         request.due = due
 
-    def buffered(self, request: Request, now: float, ahead: float) -> None:
-        """A row enters a buffer with `ahead` seconds of passes before its token."""
-        if now + ahead > request.due:
-            self.infeasible += 1
+    def buffered(self, due: FloatArray, now: float, ahead: float) -> None:
+        """Rows whose tokens are due then enter a buffer, with `ahead` seconds of passes before them."""
+        self.infeasible += int((now + ahead > due).sum())
 
 
-def tightest_tpot(requests: Iterable[Request]) -> float:
-    """The smallest target per token among requests, in seconds; infinite where there is none."""
-    tightest = math.inf
-    for request in requests:
-        params = request.params
-        if params.tpot_ms is not None or params.itl_ms is not None:
-            tightest = min(tightest, params.tpot_ms or math.inf, params.itl_ms or math.inf)
-    return tightest / 1e3
+def pace(params: SamplingParams) -> float:
+    """The target for a token, in seconds; infinite where there is none."""
+    return min(params.tpot_ms or math.inf, params.itl_ms or math.inf) / 1e3

@@ -23,7 +23,7 @@ import numpy as np
 
 from drex.control.cost import CostModel
 from drex.control.outlook import Outlook
-from drex.control.profile import FloatArray
+from drex.control.plan import FloatArray
 
 PRIOR_RATE, PRIOR_WEIGHT = 0.5, 8.0
 """Before anything was seen, as if this share of so many rows had exited."""
@@ -31,6 +31,8 @@ MEMORY = 500.0
 """Rows over which exit rates are remembered: older ones fade by a factor e each so many."""
 REFRESH = 16
 """Passes between refreshes of the tables that decisions are read from."""
+FEW = 32
+"""From so many ready rows on, only multiples of 8 are considered, and all of them."""
 EARNING_MEMORY = 128.0
 """Passes over which θ is averaged."""
 
@@ -58,11 +60,15 @@ class ExitRates:
 
 @dataclass(frozen=True)
 class Waiting:
-    """What stands where: `ready` requests before segment 0; live rows and the fills they owe at each segment (0: 0)."""
+    """What stands where: `ready` requests before segment 0; live rows and the fills they owe at each segment (0: 0).
+
+    `chances` are how likely the rows of the ready ones are to be of use, descending; None: all surely are.
+    """
 
     ready: int
     live: Sequence[int]
     fills: Sequence[int]
+    chances: FloatArray | None = None
 
 
 class FlushRule:
@@ -78,6 +84,8 @@ class FlushRule:
     def __init__(self, cost: CostModel, rates: ExitRates, kv_fill: str, most: int) -> None:
         self.cost, self.rates, self.kv_fill = cost, rates, kv_fill
         self.counts = np.arange(most + 1, dtype=np.float64)
+        # How many of the ready rows may start: any few, or as many as fill a step of the cost.
+        self._sizes = np.concatenate((self.counts[1:FEW], self.counts[FEW::8]))
         self._tokens = self._seconds = 0.0
         self._context = 0.0
         self._decoding = 0
@@ -162,16 +170,19 @@ class FlushRule:
         """The segment to run, and how many of the ready rows where that is 0; None if nothing waits anywhere."""
         if waiting.ready and not any(waiting.live):
             return 0, waiting.ready
-        if len(waiting.live) == 3 and any(waiting.live):
+        if len(waiting.live) == 3 and waiting.chances is None:
             chosen = self.outlook.choose(waiting.ready, *waiting.live[1:])
             if chosen is not None:
                 return chosen, waiting.ready
         if waiting.ready:
-            rows = self.counts[1 : waiting.ready + 1]
+            fewer = self._sizes[: np.searchsorted(self._sizes, waiting.ready)]
+            rows = np.append(fewer, float(waiting.ready))
             worth = self._worth(0, rows, 0.0, waiting)
+            if waiting.chances is not None:
+                worth = worth - rows + waiting.chances.cumsum()[rows.astype(np.int64) - 1]
             best = int(worth.argmax())
             if worth[best] > 0:
-                return 0, best + 1
+                return 0, int(rows[best])
         held = [segment for segment, live in enumerate(waiting.live) if live]
         for segment in held[:-1]:
             rows = np.array([float(waiting.live[segment])])
@@ -192,6 +203,8 @@ class FlushRule:
                 continue
             # That flush happens anyway: its first row, which pays the fixed cost, is not charged.
             base = max(1.0, held)
-            more = self.seconds(deeper, base + live, owed + fills + rows - live) - self.seconds(deeper, base, owed)
-            seconds = seconds + more
-        return rows - self.earning * seconds
+            flush = self.seconds(deeper, np.append(base + live, base), np.append(owed + fills + rows - live, owed))
+            seconds = seconds + flush[:-1] - flush[-1]
+        # Under run-ahead more may be earned than what is solved without.
+        ahead = 0.0 if waiting.chances is None else self.achieved or 0.0
+        return rows - max(self.earning, ahead) * seconds

@@ -1,4 +1,4 @@
-"""Where a request's rows are: K/V entries in its tables, rows of the arena, and the slots it has claimed.
+"""Where the rows of a pass are: K/V entries in the tables, rows of the arena, and the slots that are claimed.
 
 Positions that have exited are treated by the kind of their fill: under `recompute` and `project` they owe K/V at the
 deeper segments and keep their arena row until it is written; under `alias` and `mask` they owe nothing, and the deeper
@@ -7,175 +7,225 @@ tables get an alias of the exit layer's slot, or no entry.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import compress
+from typing import NamedTuple
+
+import numpy as np
 
 from drex.control.arena import ArenaRows
-from drex.control.plan import Context, Rows, Span
-from drex.control.slots import SegmentTable, SlotLayout, SlotPool
+from drex.control.plan import BoolArray, Contexts, IntArray, Rows, ragged
+from drex.control.seats import Seats
+from drex.control.slots import SlotLayout, SlotPool
 from drex.request import Request
 
-NO_ROWS = Rows((), (), (), ())
+NO_ROWS = Rows(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((1, 0), np.int64))
+
+
+class Placed(NamedTuple):
+    """The rows of a pass.
+
+    Attributes:
+        seats, positions: of all positions in its spans.
+        executes: which of them run the segment or write K/V there; the others have an aliased or absent entry.
+        full, fill: rows that run, and that only write K/V.
+        visible: entries that each full row attends to, its own included.
+        sizes: full rows of each span.
+        context: what the spans' rows read.
+    """
+
+    seats: IntArray
+    positions: IntArray
+    executes: BoolArray
+    full: Rows
+    fill: Rows
+    visible: IntArray
+    sizes: IntArray
+    context: Contexts
 
 
 class Placement:
-    """Owns the slot pool, the tables and the arena rows.
+    """Owns the slot pool, its tables, and the arena rows.
 
     Args:
         layout: of the segments.
         kv_fill: what fills the layers that a token skipped.
         tokens: how many fit into the pool at every layer.
         arena_rows: hidden states that can wait between segments.
+        seats: of the requests; frontiers move here only past positions that take no row.
     """
 
-    def __init__(self, layout: SlotLayout, kv_fill: str, tokens: int, arena_rows: int) -> None:
-        self.layout, self.kv_fill = layout, kv_fill
+    def __init__(self, layout: SlotLayout, kv_fill: str, tokens: int, arena_rows: int, seats: Seats) -> None:
+        self.layout, self.kv_fill, self.seats = layout, kv_fill, seats
         self.segments = len(layout.lengths)
         self.fills_owed = kv_fill in ("recompute", "project")
         self.slots_per_token = sum(layout.lengths)
-        self.pool = SlotPool(layout, tokens)
-        self.arena = ArenaRows(arena_rows if self.segments > 1 else 0)
-        self._tables: dict[str, tuple[SegmentTable, ...]] = {}
-
-    def open(self, request: Request) -> None:
-        """Claim the slots of all tokens that a request has, and give it tables; `slots_needed` was seen to fit."""
-        needed = self.slots_needed(request)
-        self.pool.claim(needed)
-        request.claimed, request.claimed_length = needed, len(request.tokens)
-        room = len(request.prompt) + request.max_tokens
-        self._tables[request.request_id] = self.pool.open(request.request_id, room)
-
-    def close(self, request: Request) -> None:
-        """Take back everything that a request has here."""
-        del self._tables[request.request_id]
-        self.pool.close(request.request_id)
-        self.pool.claim(-request.claimed)
-        request.claimed = request.claimed_length = 0
-        self.arena.close(request.request_id)
+        self.pool = SlotPool(layout, tokens, len(seats.requests), seats.room)
+        self.arena = ArenaRows(arena_rows if self.segments > 1 else 0, len(seats.requests), seats.room)
+        self._skipped = np.array([sum(layout.lengths[depth:]) for depth in range(self.segments + 1)])
 
     def slots_needed(self, request: Request) -> int:
         """Slots that the tokens a request has now take at most, over all segments."""
+        needed = len(request.tokens) * self.slots_per_token
+        return needed if self.fills_owed else needed - int(self._skipped[request.depths].sum())
+
+    def open(self, request: Request) -> None:
+        """Claim the slots of all tokens that a seated request has, and give it tables; they were seen to fit."""
+        assert request.seat is not None
+        self.pool.claim(self.slots_needed(request))
+        self.seats.claimed_length[request.seat] = len(request.tokens)
+        self.pool.open(request.seat, len(request.prompt) + request.max_tokens - 1)
+
+    def close(self, request: Request) -> None:
+        """Take back everything that a request has here."""
+        seat = request.seat
+        assert seat is not None
+        self.pool.claim(-self.claimed(seat))
+        self.pool.close(seat)
+        self.arena.close(seat, int(self.seats.claimed_length[seat]))
+
+    def claimed(self, seat: int) -> int:
+        """Slots that a seated request has claimed."""
+        length = int(self.seats.claimed_length[seat])
         if self.fills_owed:
-            return len(request.tokens) * self.slots_per_token
-        skipped = sum(sum(self.layout.lengths[depth:]) for depth in request.depths)
-        return len(request.tokens) * self.slots_per_token - skipped
+            return length * self.slots_per_token
+        return length * self.slots_per_token - int(self._skipped[self.seats.depth[seat, :length]].sum())
 
-    def runs(self, request: Request, position: int, segment: int) -> bool:
-        """Whether a position executes a segment in full."""
-        if position >= len(request.depths) or request.depths[position] > segment:
-            return True
-        return self.kv_fill == "recompute"
+    def place(self, segment: int, seats: IntArray, starts: IntArray, stops: IntArray) -> Placed:
+        """Give the positions [start, stop) of requests what they need to pass a segment. Shapes: (spans,) each."""
+        span, positions = ragged(starts, stops)
+        rows, sizes, table = seats[span], stops - starts, self.pool.tables[segment]
+        if segment == 0:
+            self._enter(seats, stops, rows, positions)
+        if segment == 0 or self.kv_fill == "recompute" or (runs := self.seats.depth[rows, positions] > segment).all():
+            # Every position has an entry of its own, and under mask some before it may have none.
+            counts = table.counts[seats]
+            entries = positions if self.kv_fill != "mask" else ragged(counts, counts + sizes)[1]
+            cells = self.pool.append(segment, rows, entries)
+            full = Rows(positions, self._arena(rows, positions), cells)
+            every = np.ones(len(rows), dtype=np.bool_)
+            return Placed(rows, positions, every, full, NO_ROWS, entries + 1, sizes, table.contexts(seats))
+        sizes = np.bincount(span[runs], minlength=len(seats))
+        if self.kv_fill == "project":
+            cells = self.pool.append(segment, rows, positions)
+            written = Rows(positions, self._arena(rows, positions), cells)
+            full, fill = _some(written, runs), _some(written, ~runs)
+            visible, every = positions[runs] + 1, np.ones_like(runs)
+            return Placed(rows, positions, every, full, fill, visible, sizes, table.contexts(seats))
+        entries, cells = self._append_some(segment, seats, span, positions, runs)
+        full = Rows(positions[runs], self._arena(rows[runs], positions[runs]), cells)
+        return Placed(rows, positions, runs, full, NO_ROWS, entries[runs] + 1, sizes, table.contexts(seats))
 
-    def place(self, request: Request, segment: int, start: int, stop: int) -> tuple[Rows, Rows, tuple[Context, ...]]:
-        """Give the positions [start, stop) what they need to pass a segment.
+    def _arena(self, rows: IntArray, positions: IntArray) -> IntArray:
+        return self.arena.rows(rows, positions) if self.segments > 1 else np.zeros_like(positions)
+
+    def _enter(self, seats: IntArray, stops: IntArray, rows: IntArray, positions: IntArray) -> None:
+        """Positions come to segment 0: their slots are claimed, and they get a row of the arena."""
+        known = self.seats
+        further = np.maximum(0, stops - known.claimed_length[seats])
+        self.pool.claim(int(further.sum()) * self.slots_per_token)
+        known.claimed_length[seats] += further
+        if self.segments > 1:
+            self.arena.take(rows, positions)
+
+    def _append_some(
+        self, segment: int, seats: IntArray, span: IntArray, positions: IntArray, runs: BoolArray
+    ) -> tuple[IntArray, IntArray]:
+        """Entries where some positions have an aliased or absent one: a replay, or a scored text, under alias or mask.
 
         Returns:
-            The rows that run, the rows that only write K/V, and the request's entries, these rows' included.
+            The index of each position's entry, (rows,), and the cells of those that run, (parts, running rows).
         """
-        positions = range(start, stop)
-        if segment == 0:
-            if stop > request.claimed_length:
-                self._claim(request, (stop - request.claimed_length) * self.slots_per_token)
-                request.claimed_length = stop
-            if self.segments > 1:
-                self.arena.take(request.request_id, positions)
-        table = self._tables[request.request_id][segment]
-        if self.fills_owed or all(self.runs(request, position, segment) for position in positions):
-            full, fill = self._place_all(request, segment, positions, table)
-        else:
-            full, fill = self._place_some(request, segment, positions, table), NO_ROWS
-        return full, fill, table.context()
+        takes = runs | (self.kv_fill == "alias")
+        before = self.pool.tables[segment].counts[seats]
+        # How many entries came before each row's: in its table, and in its span.
+        number = takes.cumsum() - takes
+        first = np.searchsorted(span, np.arange(len(seats)))
+        entries = before[span] + number - number[first][span]
+        rows, skipped = seats[span], takes & ~runs
+        cells = np.empty((self.layout.parts(segment), int(runs.sum())), dtype=np.int64)
+        cells[:] = self.pool.append(segment, rows[runs], entries[runs])
+        self._append_aliases(segment, rows[skipped], entries[skipped], positions[skipped])
+        return entries, cells
 
-    def _place_all(self, request: Request, segment: int, positions: range, table: SegmentTable) -> tuple[Rows, Rows]:
-        """Every position has an entry of its own."""
-        first = table.count + 1
-        cells = self.pool.extend(table, len(positions))
-        rows = Rows(positions, self._arena_rows(request, positions), cells, range(first, first + len(positions)))
-        if self.kv_fill != "project" or segment == 0:
-            return rows, NO_ROWS
-        runs = [self.runs(request, position, segment) for position in positions]
-        return (rows, NO_ROWS) if all(runs) else (_some(rows, runs), _some(rows, [not run for run in runs]))
+    def _append_aliases(self, segment: int, rows: IntArray, entries: IntArray, positions: IntArray) -> None:
+        """Entries of skipped positions under `alias`: each reads the slot of the layer that its token exited after."""
+        left_after = self.seats.depth[rows, positions]
+        for depth in np.unique(left_after).tolist():
+            some = left_after == depth
+            # A position has an entry of the same number wherever nothing is absent.
+            cells = self.pool.tables[depth - 1].cells[-1, rows[some], positions[some]]
+            self.pool.append_aliases(segment, rows[some], entries[some], cells)
 
-    def _place_some(self, request: Request, segment: int, positions: range, table: SegmentTable) -> Rows:
-        """Some positions have an aliased or absent entry: a replay, or a scored text, under alias or mask."""
-        ran: list[int] = []
-        cells: list[list[int]] = [[] for _ in range(table.parts)]
-        visible: list[int] = []
-        for position in positions:
-            if self.runs(request, position, segment):
-                for held, taken in zip(cells, self.pool.extend(table, 1), strict=True):
-                    held.extend(taken)
-                ran.append(position)
-                visible.append(table.count)
-            else:
-                self._skip_entry(request, segment, position)
-        return Rows(ran, self._arena_rows(request, ran), tuple(cells), visible)
-
-    def _skip_entry(self, request: Request, segment: int, position: int) -> None:
-        """What the table of a skipped segment gets for a position: an alias of the exit layer, or nothing."""
-        if self.kv_fill == "alias":
-            tables = self._tables[request.request_id]
-            exit_cell = tables[request.depths[position] - 1].cell(-1, position)
-            tables[segment].append_alias(self.pool.slot(exit_cell))
-
-    def _arena_rows(self, request: Request, positions: Sequence[int]) -> Sequence[int]:
-        if self.segments == 1:
-            return [0] * len(positions)
-        return self.arena.rows(request.request_id, positions)
-
-    def _claim(self, request: Request, slots: int) -> None:
-        self.pool.claim(slots)
-        request.claimed += slots
-
-    def passed(self, request: Request, segment: int, span: Span) -> None:
-        """A span has passed a segment: rows that execute nothing deeper leave the arena."""
+    def passed(self, segment: int, placed: Placed) -> None:
+        """Rows have passed a segment, their tokens not yet judged: what executes nothing deeper leaves the arena."""
         if self.segments == 1 or (self.fills_owed and segment + 1 < self.segments):
             return
-        for position in (*span.full.positions, *span.fill.positions):
-            decided = position < len(request.depths)
-            ends = request.depths[position] if decided and not self.fills_owed else self.segments
-            if segment + 1 >= ends:
-                self.arena.release(request.request_id, position)
-
-    def exited(self, request: Request, position: int, depth: int) -> None:
-        """A row has exited after `depth` segments: if it owes nothing, it gives back what it will not use."""
+        rows, positions = placed.seats[placed.executes], placed.positions[placed.executes]
         if not self.fills_owed:
-            self.arena.release(request.request_id, position)
-            self._claim(request, -sum(self.layout.lengths[depth:]))
+            ends = self.seats.depth[rows, positions] <= segment + 1
+            rows, positions = rows[ends], positions[ends]
+        self.arena.release(rows, positions)
 
-    def skip_ahead(self, request: Request) -> None:
+    def exited(self, seats: IntArray, positions: IntArray, depth: int) -> None:
+        """Rows have exited after `depth` segments: if they owe nothing, they give back what they will not use."""
+        if not self.fills_owed:
+            self.arena.release(seats, positions)
+            self.pool.claim(-len(seats) * int(self._skipped[depth]))
+
+    def skip_ahead(self, seats: IntArray) -> None:
         """Move frontiers past positions that take no row at a segment."""
         if self.fills_owed:
             return
+        reached, depth = self.seats.reached, self.seats.depth
         for segment in range(1, self.segments):
-            position = request.frontiers[segment]
-            while position < request.frontiers[segment - 1] and not self.runs(request, position, segment):
-                self._skip_entry(request, segment, position)
-                position += 1
-            request.frontiers[segment] = position
+            skipping = seats
+            while len(skipping):
+                positions = reached[segment + 1, skipping]
+                # Where nothing is pending, the position may be one past the last of the request.
+                pending = positions < reached[segment, skipping]
+                skipping, positions = skipping[pending], positions[pending]
+                skipped = depth[skipping, positions] <= segment
+                skipping, positions = skipping[skipped], positions[skipped]
+                if self.kv_fill == "alias":
+                    self._append_aliases(segment, skipping, self.pool.tables[segment].counts[skipping], positions)
+                reached[segment + 1, skipping] += 1
 
-    def check_integrity(self, running: Iterable[Request]) -> None:
+    def roll_back(self, seat: int, keep: int) -> None:
+        """Take back all that a request has beyond its first `keep` positions, which segment 0 has seen."""
+        known, claimed = self.seats, self.claimed(seat)
+        end = int(known.claimed_length[seat])
+        for segment, table in enumerate(self.pool.tables):
+            entries = min(keep, int(known.reached[segment + 1, seat]))
+            if self.kv_fill == "mask":
+                entries = int((known.depth[seat, :entries] > segment).sum())
+            self.pool.cut(table, seat, entries)
+        self.arena.close(seat, end, start=keep)
+        known.reached[1:, seat] = np.minimum(known.reached[1:, seat], keep)
+        known.depth[seat, keep:end] = self.segments
+        known.confidence[:, seat, keep:end] = np.nan
+        known.agreeing[1, seat, keep:end] = 0
+        known.claimed_length[seat] = min(end, keep)
+        self.pool.claim(self.claimed(seat) - claimed)
+
+    def check_integrity(self) -> None:
         """Raise AssertionError unless slots and arena rows agree with the requests that run."""
-        requests = list(running)
-        self.pool.check_integrity(request.request_id for request in requests)
+        held_by = [request.seat for request in self.seats if request.seat is not None]
+        self.pool.check_integrity(held_by)
         self.arena.check_integrity()
-        assert self.pool.claimed == sum(request.claimed for request in requests)
-        for request in requests:
-            frontiers = request.frontiers
-            assert frontiers == sorted(frontiers, reverse=True), f"frontiers {frontiers} of {request.request_id}"
-            executed = 0
-            for segment, frontier in enumerate(frontiers):
-                took = sum(self.fills_owed or self.runs(request, p, segment) for p in range(frontier))
-                executed += took * self.layout.lengths[segment]
-            held = sum(len(table.own_cells()) for table in self._tables[request.request_id])
-            if not request.in_pass:
-                assert held * self.layout.layers_per_cell == executed
-        if not requests:
+        assert self.pool.claimed == sum(self.claimed(seat) for seat in held_by)
+        for seat in held_by:
+            reached = self.seats.reached[:, seat]
+            assert (reached[:-1] >= reached[1:]).all(), f"frontiers {reached}"
+            for segment, table in enumerate(self.pool.tables):
+                took = int(reached[segment + 1])
+                if not self.fills_owed:
+                    took = int((self.seats.depth[seat, :took] > segment).sum())
+                if self.seats.idle[seat]:
+                    assert len(table.own_cells(seat)) == took * table.parts
+        if not held_by:
             assert self.pool.in_use == self.pool.claimed == 0
             assert self.arena.free == self.arena.capacity
 
 
-def _some(rows: Rows, wanted: Sequence[bool]) -> Rows:
+def _some(rows: Rows, wanted: BoolArray) -> Rows:
     """Those rows that are wanted."""
-    positions, arena, visible = (list(compress(part, wanted)) for part in (rows.positions, rows.arena, rows.visible))
-    return Rows(positions, arena, tuple(list(compress(cells, wanted)) for cells in rows.cells), visible)
+    return Rows(rows.positions[wanted], rows.arena[wanted], rows.cells[:, wanted])

@@ -1,11 +1,11 @@
 """What crosses between control and compute: an immutable Pass one way, a PassResult the other.
 
-Sequences of row numbers are lists or ranges: most have one element, and become one index vector a pass in compute.
+Both are columns: arrays with an element a span, a row or an evaluation, so that neither side loops over rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,59 +17,53 @@ if TYPE_CHECKING:
     from drex.request import SamplingParams
 
 IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 
-class Run(NamedTuple):
-    """K/V entries that lie in consecutive cells, in order of position."""
-
-    start: int
-    length: int
-
-
-class Scattered(NamedTuple):
-    """K/V entries anywhere: cells in order of position, or, where `aliased`, slots of the exit layer."""
-
-    entries: IntArray
-    aliased: BoolArray
-
-    @property
-    def length(self) -> int:
-        return len(self.entries)
-
-
-Context = Run | Scattered
-
-
 class Rows(NamedTuple):
-    """Token positions that execute something in a pass; all sequences have one element a row.
+    """Token positions that execute something in a pass, those of a span side by side, in order of position.
 
     Attributes:
-        positions: in the request, ascending.
-        arena: rows of the hidden-state arena that are read (but by segment 0) and written (but by the last).
-        cells: where each row's K/V goes, for each part of the segment.
-        visible: how many entries of the span's context each row attends to, its own included.
+        positions: in the request. Shape (rows,).
+        arena: rows of the hidden-state arena that are read (but by segment 0) and written (but by the last). (rows,).
+        cells: where each row's K/V goes, for each part of the segment. (parts, rows).
     """
 
-    positions: Sequence[int]
-    arena: Sequence[int]
-    cells: tuple[Sequence[int], ...]
-    visible: Sequence[int]
+    positions: IntArray
+    arena: IntArray
+    cells: IntArray
 
     @property
     def size(self) -> int:
         return len(self.positions)
 
 
+class Contexts(NamedTuple):
+    """The K/V entries of each span's request at the segment, as they are after the pass, in order of position.
+
+    Attributes:
+        lengths: how many. Shape (spans,).
+        starts: the first cell, where the entries of each part lie in consecutive cells. (parts, spans).
+        scattered: the other spans' entries: cells (parts, length), or, where aliased (length,), slots of an exit layer.
+    """
+
+    lengths: IntArray
+    starts: IntArray
+    scattered: Mapping[int, tuple[IntArray, BoolArray]]
+
+
 class Draws(NamedTuple):
     """How a request's tokens are decided: what all its evaluations share.
 
     Attributes:
+        request_id: of the request.
         rule: criterion and its settings; a scored prompt may have its own.
         params, seed, sample: sampling settings; a token's noise is a function of (seed, sample, position).
         tokens, prompt_length: the request's tokens so far, for penalties.
     """
 
+    request_id: str
     rule: ExitRule
     params: SamplingParams
     seed: int
@@ -78,82 +72,115 @@ class Draws(NamedTuple):
     prompt_length: int
 
 
-class Evaluation(NamedTuple):
-    """One head evaluation: which row, and all that decides its token.
+@dataclass(frozen=True)
+class Evaluations:
+    """Heads to evaluate at the end of a pass, and all that decides their tokens; an element an evaluation.
 
     Attributes:
-        row: index into the span's full rows.
-        position: of the row in the request.
-        threshold: of the exit; None where the row may not exit (the final head).
-        draws: of its request.
-        agreeing: (token, run length) of the agreeing exits before, for `patience`.
-        banned: tokens that may not come.
-        target: report this token's log-probability instead of drawing one.
+        rows: indices into the pass's full rows.
+        positions: of the rows in their requests.
+        thresholds: of the exit; NaN where the row may not exit (the final head).
+        draws: of the requests.
+        agreeing: (token, run length) of the agreeing exits before, for `patience`. Shape (2, evaluations).
+        banned: tokens that may not come, by evaluation.
+        targets: tokens whose log-probability is to be reported instead of drawing one, by evaluation.
     """
 
-    row: int
-    position: int
-    threshold: float | None
-    draws: Draws
-    agreeing: tuple[int, int]
-    banned: tuple[int, ...] = ()
-    target: int | None = None
+    rows: IntArray
+    positions: IntArray
+    thresholds: FloatArray
+    draws: Sequence[Draws]
+    agreeing: IntArray
+    banned: Mapping[int, tuple[int, ...]]
+    targets: Mapping[int, int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
-class Verdict(NamedTuple):
-    """What a head evaluation found.
-
-    `agreeing` is the argmax here and how many allowed exits in a row, this one included, had it.
-    """
-
-    token_id: int
-    logprob: float
-    confidence: float
-    exited: bool
-    agreeing: tuple[int, int]
-    top: tuple[tuple[int, float], ...]
-
-
-class Span(NamedTuple):
-    """The positions [start, stop) of one request in one pass; the frontier moves to `stop`.
-
-    Positions in the span that are in neither `full` nor `fill` have an aliased or absent entry at this segment.
+@dataclass(frozen=True)
+class Verdicts:
+    """What head evaluations found; an element an evaluation, in the pass's order.
 
     Attributes:
-        tokens: of the full rows, where the pass runs segment 0; else empty.
-        full: rows that run the segment.
-        fill: rows that only write K/V, from the hidden state they exited with (`project`).
-        context: the request's entries at this segment as they are after the pass, one for each part.
-        evaluations: of full rows.
+        tokens, logprobs, confidences: of each.
+        exited: whether the row exits here, its own confidence and threshold considered.
+        agreeing: the argmax here, and how many allowed exits in a row, this one included, had it. Shape (2, ...).
+        tops: (token, log-probability) of the most likely tokens, best first, by evaluation that asked for them.
     """
 
-    request_id: str
-    start: int
-    stop: int
-    tokens: Sequence[int]
-    full: Rows
-    fill: Rows
-    context: tuple[Context, ...]
-    evaluations: Sequence[Evaluation]
+    tokens: IntArray
+    logprobs: FloatArray
+    confidences: FloatArray
+    exited: BoolArray
+    agreeing: IntArray
+    tops: Mapping[int, tuple[tuple[int, float], ...]]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+NOTHING = Verdicts(
+    np.zeros(0, np.int64), np.zeros(0), np.zeros(0), np.zeros(0, np.bool_), np.zeros((2, 0), np.int64), {}
+)
+"""Of a pass that evaluates no head."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One execution of one segment over rows of one or more requests. `number` counts passes from 0."""
+    """One execution of one segment over rows of one or more requests.
+
+    A span is the positions [start, stop) of one request; those of them that are in neither `full` nor `fill` have an
+    aliased or absent entry at this segment.
+
+    Attributes:
+        number: counts passes from 0.
+        segment: that is run.
+        starts, stops: of the spans.
+        sizes: full rows of the spans.
+        full: rows that run the segment.
+        visible: how many entries of its span's context each full row attends to, its own included.
+        tokens: of the full rows, where the pass runs segment 0; else empty.
+        fill: rows that only write K/V, from the hidden state they exited with (`project`).
+        context: what the spans' rows read.
+        evaluations: of full rows.
+    """
 
     number: int
     segment: int
-    spans: Sequence[Span]
+    starts: IntArray
+    stops: IntArray
+    sizes: IntArray
+    full: Rows
+    visible: IntArray
+    tokens: IntArray
+    fill: Rows
+    context: Contexts
+    evaluations: Evaluations
+
+    @property
+    def spans(self) -> int:
+        """Requests in it."""
+        return len(self.starts)
 
     @property
     def rows(self) -> int:
         """Rows that run the segment in full, and those that only write K/V."""
-        return sum(span.full.size + span.fill.size for span in self.spans)
+        return self.full.size + self.fill.size
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """Verdicts of each span's evaluations, in the pass's order; `error` where the pass could not be executed."""
+    """Verdicts of the evaluations, or the error that kept the pass from being executed."""
 
-    verdicts: Sequence[Sequence[Verdict]]
+    verdicts: Verdicts | None
     error: Exception | None = None
+
+
+def ragged(starts: IntArray, stops: IntArray) -> tuple[IntArray, IntArray]:
+    """Ranges side by side: (which range, value), a pair an element."""
+    sizes = stops - starts
+    if (sizes == 1).all():
+        return np.arange(len(sizes)), starts
+    which = np.repeat(np.arange(len(sizes)), sizes)
+    return which, np.arange(len(which)) - np.repeat(sizes.cumsum() - sizes - starts, sizes)

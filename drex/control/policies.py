@@ -7,14 +7,16 @@ for the whole batch, the decode rows of one pass: they exist to be compared with
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from drex.config import EngineConfig
 from drex.control.cost import CostModel
 from drex.control.flush import ExitRates, FlushRule, Waiting
-from drex.control.plan import Evaluation, Verdict
+from drex.control.plan import BoolArray, FloatArray
 
 PROBE_EVERY = 64
 """`adaptive`: while checking exits does not pay, one pass in so many checks all the same, to notice when it would."""
@@ -37,6 +39,7 @@ class View:
         owed: decided rows that owe K/V there, of all requests.
         decoding: requests that have their first token.
         context: mean K/V entries of a request.
+        chances: how likely the next row of each of the `ready` is to be of use, descending; None: all surely are.
     """
 
     pass_number: int
@@ -51,6 +54,7 @@ class View:
     owed: Sequence[int]
     decoding: int
     context: float
+    chances: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,12 @@ class Choice:
     fills: bool = False
 
 
-Check = tuple[Evaluation, Verdict]
+class Checks(NamedTuple):
+    """What exit heads said of the decode rows of a pass: confidence and threshold, and whether the two mean an exit."""
+
+    confidences: FloatArray
+    thresholds: FloatArray
+    exited: BoolArray
 
 
 class Split:
@@ -90,9 +99,9 @@ class Split:
                 return Choice(segment)
         return Choice(0, view.ready) if view.ready or view.prompts else None
 
-    def exits(self, segment: int, checks: Sequence[Check]) -> list[bool]:
-        """Which decode rows of a pass exit, given what the exit head said of each."""
-        return [verdict.exited for _, verdict in checks]
+    def exits(self, segment: int, checks: Checks) -> BoolArray:
+        """Which decode rows of a pass exit, given what the exit head said of each, at least one."""
+        return checks.exited
 
 
 class Drex(Split):
@@ -127,7 +136,7 @@ class Drex(Split):
                 return Choice(segment)
         if view.prompts:
             return Choice(0, view.ready)
-        chosen = self.rule.choose(Waiting(view.ready, view.live, view.fills))
+        chosen = self.rule.choose(Waiting(view.ready, view.live, view.fills, view.chances))
         return None if chosen is None else Choice(*chosen)
 
     def _late_next(self, view: View, segment: int) -> bool:
@@ -154,23 +163,22 @@ class Drex(Split):
 class Consensus(Split):
     """All rows of the batch are confident: all exit; else all stay."""
 
-    def exits(self, segment: int, checks: Sequence[Check]) -> list[bool]:
-        return [all(verdict.exited for _, verdict in checks)] * len(checks)
+    def exits(self, segment: int, checks: Checks) -> BoolArray:
+        return np.full_like(checks.exited, checks.exited.all())
 
 
 class Majority(Split):
     """The median confidence reaches the threshold: all exit; else all stay."""
 
-    def exits(self, segment: int, checks: Sequence[Check]) -> list[bool]:
-        above = [verdict.confidence - (evaluation.threshold or 0.0) for evaluation, verdict in checks]
-        return [bool(above) and statistics.median(above) >= 0] * len(checks)
+    def exits(self, segment: int, checks: Checks) -> BoolArray:
+        return np.full_like(checks.exited, np.median(checks.confidences - checks.thresholds) >= 0)
 
 
 class Greedy(Split):
     """Any row is confident: all exit; else all stay."""
 
-    def exits(self, segment: int, checks: Sequence[Check]) -> list[bool]:
-        return [any(verdict.exited for _, verdict in checks)] * len(checks)
+    def exits(self, segment: int, checks: Checks) -> BoolArray:
+        return np.full_like(checks.exited, checks.exited.any())
 
 
 class LatencyOnly(Greedy):
@@ -209,18 +217,17 @@ class Art(Split):
             return Choice(0, view.ready)
         return super().choose(view)
 
-    def exits(self, segment: int, checks: Sequence[Check]) -> list[bool]:
-        confident = [verdict.exited for _, verdict in checks]
-        rows = float(len(checks))
+    def exits(self, segment: int, checks: Checks) -> BoolArray:
+        rows = float(len(checks.exited))
         deeper = range(segment + 1, self.rule.cost.segments)
         shallow = float(self.rule.seconds(segment, rows, 0.0))
         deep = sum(float(self.rule.seconds(s, rows, 0.0)) for s in deeper)
         # A full pass is one over all layers from here on, without the exit head.
         whole = shallow + deep - self.rule.cost.head_seconds(segment, rows)
-        if sum(confident) > (shallow + deep - whole) / deep * rows:
-            return confident
+        if checks.exited.sum() > (shallow + deep - whole) / deep * rows:
+            return checks.exited
         self._go_on.add(segment + 1)
-        return [False] * len(checks)
+        return np.zeros_like(checks.exited)
 
 
 POLICIES: dict[str, type[Split]] = {

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from drex.control.plan import FloatArray
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,19 @@ class Curve:
         if list(self.counts) != sorted(set(self.counts)) or self.counts[0] <= 0:
             raise ValueError(f"counts {list(self.counts)} of a cost curve: ascending, above 0")
 
+    @cached_property
+    def _arrays(self) -> tuple[FloatArray, FloatArray]:
+        return np.array(self.counts), np.array(self.seconds)
+
     def at(self, count: FloatArray | np.float64) -> FloatArray:
         """Seconds at any counts; 0 at 0."""
-        xs, ys = np.array(self.counts), np.array(self.seconds)
-        out: FloatArray = np.interp(count, xs, ys)
+        xs, ys = self._arrays
+        out = np.asarray(np.interp(count, xs, ys))
         if len(xs) > 1:
             slope = max(0.0, float((ys[-1] - ys[-2]) / (xs[-1] - xs[-2])))
-            out = out + slope * np.maximum(0.0, count - xs[-1])
+            out = np.asarray(out + slope * np.maximum(0.0, count - xs[-1]))
         else:
-            out = out * np.maximum(1.0, count / xs[-1])
+            out = np.asarray(out * np.maximum(1.0, count / xs[-1]))
         return np.where(count > 0, out, 0.0)
 
 
@@ -116,6 +121,12 @@ class Profile:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a cost profile ({error!r}): make one with `drex profile`") from error
 
+    def with_exits(self, kept: Sequence[int]) -> Profile:
+        """The costs with only some of the exit points, by index: segments between them run as one, without a head."""
+        edges = [-1, *kept, len(self.segments) - 1]
+        groups = [self.segments[start + 1 : stop + 1] for start, stop in pairwise(edges)]
+        return Profile(tuple(_joined(group) for group in groups), self.threads, self.source)
+
     def scaled(self, factor: float) -> Profile:
         """All costs times a factor: a profile of another machine, or one that is wrong on purpose."""
 
@@ -127,6 +138,20 @@ class Profile:
             for c in self.segments
         )
         return Profile(segments, self.threads, self.source)
+
+
+def _joined(segments: Sequence[SegmentCost]) -> SegmentCost:
+    """Segments that run as one."""
+    counts = sorted({count for cost in segments for count in cost.rows.counts})
+    at = np.array(counts)
+    rows = np.sum([cost.rows.at(at) for cost in segments], axis=0)
+    return SegmentCost(
+        Curve(tuple(counts), tuple(map(float, rows))),
+        segments[-1].head,
+        sum(cost.span for cost in segments),
+        sum(cost.entry for cost in segments),
+        sum(cost.kv_row for cost in segments),
+    )
 
 
 def load_profile(path: str | Path) -> Profile:

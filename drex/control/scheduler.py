@@ -1,6 +1,6 @@
 """Admission, capacity, and the next pass.
 
-A request has no phase; at every segment it catches up: positions frontiers[s] … frontiers[s-1] - 1 are pending there.
+A request has no phase; at every segment it catches up with what has come there (`drex.control.seats`).
 
 Capacity. Nothing is reserved, but admitted work is *claimed*: all slots that a request's known tokens may still take.
 A row enters segment 0 only if its slots at every layer can be claimed, so every pass over a deeper segment fits.
@@ -12,25 +12,30 @@ one that is never preempted (the oldest of the highest priority) always gets on.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from drex.config import EngineConfig
 from drex.control.arena import ArenaRows
 from drex.control.cost import CostModel, Load
-from drex.control.deadlines import Deadlines, tightest_tpot
-from drex.control.decisions import evaluations, judge
-from drex.control.placement import Placement
-from drex.control.plan import Pass, PassResult, Span, Verdict
-from drex.control.policies import POLICIES, Choice, View
-from drex.control.selection import Selection, urgency
+from drex.control.deadlines import Deadlines
+from drex.control.decisions import Asked, Decisions
+from drex.control.drafts import Drafts
+from drex.control.placement import Placed, Placement
+from drex.control.plan import BoolArray, IntArray, Pass, PassResult, Verdicts
+from drex.control.policies import POLICIES, Checks, Choice, View
+from drex.control.seats import Seats, urgency
+from drex.control.selection import Selection
 from drex.control.slots import SlotLayout, SlotPool
 from drex.control.standing import Standing
 from drex.request import FinishReason, Request
 
 
 class Scheduler:
-    """Owns the requests and, through `standing` and `placement`, where they wait and what they hold.
+    """Owns the requests and, through `seats` and `placement`, where they stand and what they hold.
 
     The policy says which segment runs, the selection which rows; what they hold is claimed and placed here.
 
@@ -52,17 +57,20 @@ class Scheduler:
         assert cost.segments == len(layout.lengths)
         self.config, self.layout, self.cost = config, layout, cost
         self.segments = len(layout.lengths)
-        self.placement = Placement(layout, kv_fill, config.kv_cache_tokens, config.arena_rows)
-        self.standing = Standing(self.segments)
-        self.selection = Selection(config, self.placement, self.standing, cost)
+        # The last token has a place among what is known, though it is never run.
+        self.seats = Seats(config.max_num_seqs, self.segments, config.max_model_len + 1)
+        self.placement = Placement(layout, kv_fill, config.kv_cache_tokens, config.arena_rows, self.seats)
+        self.drafts = Drafts(self.seats, self.placement, config.max_draft)
+        self.decisions = Decisions(self.seats, self.placement, self.drafts)
+        self.selection = Selection(config, self.placement, self.seats, cost)
         self.policy = POLICIES[config.policy](config, cost, kv_fill)
         self.deadlines = Deadlines(config.max_slowdown)
         self.waiting: list[Request] = []
-        self.running: list[Request] = []
         self.view: View | None = None
-        self.preemptions = self.passes = self.unchecked = self.decoding = 0
+        self.preemptions = self.passes = self.unchecked = 0
         self._requests: dict[str, Request] = {}
         self._outstanding: dict[int, Work] = {}
+        self._aborting: list[Request] = []
         self._context = 0.0
 
     @property
@@ -75,16 +83,27 @@ class Scheduler:
         """The rows of the hidden-state arena."""
         return self.placement.arena
 
+    @property
+    def running(self) -> list[Request]:
+        """Requests that have a seat, most urgent first."""
+        return sorted(self.seats, key=urgency)
+
     # Requests come and go
 
     def check_fits(self, request: Request) -> None:
         """Raise ValueError for a request that could never be served, alone in the pool."""
         # The last token is never run, so it needs no K/V.
         length = len(request.prompt) + request.max_tokens - 1
+        asked = f"prompt ({len(request.prompt)}) and max_tokens ({request.max_tokens})"
         if length * self.placement.slots_per_token > self.pool.capacity:
             raise ValueError(
-                f"prompt ({len(request.prompt)}) and max_tokens ({request.max_tokens}) need K/V for {length} tokens "
-                f"and the pool holds {self.config.kv_cache_tokens}: shorten one of them, or raise kv_cache_tokens"
+                f"{asked} need K/V for {length} tokens and the pool holds {self.config.kv_cache_tokens}: "
+                f"shorten one of them, or raise kv_cache_tokens"
+            )
+        if length > self.config.max_model_len:
+            raise ValueError(
+                f"{asked} are more than the {self.config.max_model_len} tokens that a request may have: "
+                f"shorten one of them, or raise max_model_len"
             )
 
     def add(self, request: Request, now: float) -> None:
@@ -98,54 +117,49 @@ class Scheduler:
     def finish(self, request_id: str, reason: FinishReason) -> None:
         """End a request and free all it holds; if it is in an outstanding pass, as soon as that is committed."""
         request = self._requests[request_id]
-        if request.in_pass:
+        if request.seat is not None and not self.seats.idle[request.seat]:
             request.abort_asked = reason
+            self._aborting.append(request)
             return
         request.finish_reason = reason
         del self._requests[request_id]
-        if request in self.waiting:
+        if request.seat is None:
             self.waiting.remove(request)
         else:
             self._drop(request)
 
     def _drop(self, request: Request) -> None:
         """Take a running request off the machine."""
-        self.running.pop(bisect.bisect_left(self.running, urgency(request), key=urgency))
-        self.decoding -= request.num_output > 0
-        self.standing.leave(request)
         self.placement.close(request)
+        self.seats.leave(request)
 
     def _preempt(self) -> bool:
         """Send the last of the running requests back to the queue; False if that would be the only one."""
-        candidates = [request for request in self.running[1:] if not request.in_pass]
+        candidates = [request for request in self.running[1:] if self.seats.idle[request.seat]]
         if not candidates:
             return False
         request = candidates[-1]
         self._drop(request)
-        request.frontiers = [0] * self.segments
-        request.undecided.clear()
-        request.waits_since = None
+        request.forget_drafts()
         bisect.insort(self.waiting, request, key=urgency)
         self.preemptions += 1
         return True
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.config.max_num_seqs:
+        while self.waiting and not self.seats.full:
             request = self.waiting[0]
             # Room for everyone's next token beside it: else it would be preempted before it got anywhere.
-            spare = len(self.running) * self.placement.slots_per_token
+            spare = len(self.seats) * self.placement.slots_per_token
             if not self.pool.fits(self.placement.slots_needed(request) + spare) or self._would_be_late():
                 return
             self.waiting.pop(0)
+            self.seats.sit(request)
             self.placement.open(request)
-            bisect.insort(self.running, request, key=urgency)
-            self.decoding += request.num_output > 0
-            self.standing.enter(request, self.passes)
 
     def _would_be_late(self) -> bool:
         """Whether one more request would push running ones past targets that can be met at all."""
-        tightest = tightest_tpot(self.running)
-        return self.policy.rule.full_step(1) <= tightest < self.policy.rule.full_step(len(self.running) + 1)
+        tightest, rule = float(self.seats.pace.min()), self.policy.rule
+        return rule.full_step(1) <= tightest < rule.full_step(len(self.seats) + 1)
 
     # The next pass
 
@@ -153,93 +167,138 @@ class Scheduler:
         """The next pass, or None while nothing can run (outstanding passes aside). Call `commit` with its result."""
         self._admit()
         while True:
-            choice = self._choose(now)
+            standing = Standing.of(self.seats)
+            choice = self._choose(standing, now)
             if choice is not None:
                 self.passes += 1
-                return self._plan(choice, self.passes - 1, now)
-            if not self.running or not self._preempt():
+                return self._plan(choice, standing, self.passes - 1, now)
+            if not len(self.seats) or not self._preempt():
                 return None
 
-    def _choose(self, now: float) -> Choice | None:
-        standing, self.view = self.standing, None
-        fit = self.selection.ready_that_fit()
-        prompts = self.selection.prompt_fits(beside=fit)
-        if not fit and not prompts and (standing.ready or standing.urgent[0]):
+    def _choose(self, standing: Standing, now: float) -> Choice | None:
+        self.view = None
+        live = [len(buffer) for buffer in standing.buffers]
+        urgent = [len(seats) for seats in standing.urgent]
+        fit = self.selection.ready_that_fit(standing)
+        prompts = self.selection.prompt_fits(standing, beside=fit)
+        if not fit and not prompts and (len(standing.ready) or urgent[0]):
             # Rows for segment 0 are short of slots or arena rows: what is pending deeper makes room.
             for segment in range(self.segments - 1, 0, -1):
-                if standing.urgent[segment] or standing.buffers[segment] or standing.owed[segment]:
+                if urgent[segment] or live[segment] or standing.owed[segment]:
                     return Choice(segment, fills=True)
         if sum(standing.owed) > self.config.max_fill_rows:
             return Choice(max(range(1, self.segments), key=lambda s: standing.owed[s]), fills=True)
-        buffers = standing.buffers
+        chances = self.seats.chance[standing.ready]
         self.view = View(
             pass_number=self.passes,
             now=now,
             ready=fit,
+            chances=np.sort(chances)[::-1][:fit] if (chances < 1).any() else None,
             prompts=prompts,
-            live=[len(buffer) for buffer in buffers],
-            fills=[buffer.fills for buffer in buffers],
-            urgent=[len(urgent) for urgent in standing.urgent],
-            oldest_age=[buffer.oldest_age(self.passes) for buffer in buffers],
-            due=[buffer.earliest_due() for buffer in buffers],
+            live=live,
+            fills=[standing.fills(segment) for segment in range(self.segments)],
+            urgent=urgent,
+            oldest_age=[self.passes - _least(self.seats.since, waiting, self.passes) for waiting in standing.buffers],
+            due=[_least(self.seats.due, waiting, np.inf) for waiting in standing.buffers],
             owed=standing.owed,
-            decoding=self.decoding,
+            decoding=self.seats.decoding,
             context=self._context,
         )
         return self.policy.choose(self.view)
 
-    def _plan(self, choice: Choice, number: int, now: float) -> Pass:
-        checking = choice.segment > 0 or self.policy.checks_exits()
-        chosen = list(self.selection.pick(choice, self.running, now))
-        decode = [count for request, count in chosen if request.stands_at is not None]
-        self._outstanding[number] = Work(len(decode), sum(decode) - len(decode), len(chosen) - len(decode))
-        spans = [self._span(request, choice.segment, count, checking) for request, count in chosen]
-        assert spans
-        return Pass(number, choice.segment, spans)
-
-    def _span(self, request: Request, segment: int, count: int, checking: bool) -> Span:
-        self.standing.leave(request)
-        start = request.frontiers[segment]
-        stop = start + count
-        full, fill, context = self.placement.place(request, segment, start, stop)
-        request.in_pass = True
-        if stop == len(request.tokens):
-            request.waits_since = None
-        asked = evaluations(request, segment, full)
-        if not checking:
-            self.unchecked += sum(each.threshold is not None and each.target is None for each in asked)
-            asked = [each for each in asked if each.threshold is None or each.target is not None]
-        tokens = request.tokens[start:stop] if segment == 0 else ()
-        return Span(request.request_id, start, stop, tokens, full, fill, context, asked)
+    def _plan(self, choice: Choice, standing: Standing, number: int, now: float) -> Pass:
+        segment, seats = choice.segment, self.seats
+        checking = segment > 0 or self.policy.checks_exits()
+        spans, counts = self.selection.pick(choice, standing, now)
+        assert len(spans)
+        starts = seats.reached[segment + 1, spans]
+        stops = starts + counts
+        placed = self.placement.place(segment, spans, starts, stops)
+        asked = self.decisions.ask(segment, spans, placed, checking=checking)
+        self.unchecked += asked.unasked
+        seats.idle[spans] = False
+        decoding = standing.decoding[spans]
+        live = int(decoding.sum())
+        fills = int(counts[decoding].sum()) - live
+        self._outstanding[number] = Work(spans, placed, asked, live, fills, prompts=len(spans) - live)
+        return Pass(
+            number=number,
+            segment=segment,
+            starts=starts,
+            stops=stops,
+            sizes=placed.sizes,
+            full=placed.full,
+            visible=placed.visible,
+            tokens=seats.token[placed.seats, placed.positions] if segment == 0 else starts[:0],
+            fill=placed.fill,
+            context=placed.context,
+            evaluations=asked.evaluations,
+        )
 
     # What a pass brought
 
     def commit(self, done: Pass, result: PassResult, now: float) -> list[Request]:
         """Take in a result: frontiers move, tokens are appended. Returns the requests that got a token or ended."""
-        touched: list[Request] = []
-        exits = self._exits(done, result)
-        work = self._outstanding[done.number]
-        for index, span in enumerate(done.spans):
-            request = self._requests[span.request_id]
-            request.in_pass = False
-            if result.error is not None or request.abort_asked is not None:
-                self.standing.enter(request, self.passes)
-                self.finish(span.request_id, request.abort_asked or FinishReason.ERROR)
-                touched.append(request)
-                continue
-            before = request.num_output
-            self._advance(request, done.segment, span, result.verdicts[index], exits)
-            if self.standing.enter(request, self.passes):
-                self._buffered(request, now)
-            if request.num_output > before:
-                self.decoding += before == 0
-                work.decided += before > 0
-                touched.append(request)
-                self.deadlines.emitted(request, now, self.policy.rule.full_step(self.decoding))
-                reason = request.ending()
-                if reason is not None:
-                    self.finish(request.request_id, reason)
+        work, seats = self._outstanding[done.number], self.seats
+        seats.idle[work.spans] = True
+        if result.verdicts is None:
+            touched: list[Request] = seats.requests[work.spans].tolist()
+            for request in touched:
+                self.finish(request.request_id, request.abort_asked or FinishReason.ERROR)
+        else:
+            touched = self._advance(done, work, result.verdicts, now)
+        for request in [each for each in self._aborting if each.seat is None or seats.idle[each.seat]]:
+            self._aborting.remove(request)
+            if request.finish_reason is None:
+                assert request.abort_asked is not None
+                self.finish(request.request_id, request.abort_asked)
+                touched += [request] if request not in touched else []
         return touched
+
+    def _advance(self, done: Pass, work: Work, verdicts: Verdicts, now: float) -> list[Request]:
+        """Rows have passed a segment: they are decided, or wait for the next one. Returns who got a token."""
+        seats, segment, asked = self.seats, done.segment, work.asked
+        settled = seats.settled[work.spans]
+        with_live_row = (done.starts < settled) & (settled <= done.stops)
+        seats.reached[segment + 1, work.spans] = done.stops
+        self.placement.passed(segment, work.placed)
+        emitted = self.decisions.take_in(segment, asked, verdicts, self._exits(segment, asked, verdicts))
+        self.placement.skip_ahead(work.spans)
+        seats.since[work.spans[with_live_row]] = self.passes
+        undecided = work.spans[with_live_row & (seats.settled[work.spans] == settled)]
+        if np.isfinite(seats.due[undecided]).any():
+            self._late_already(undecided, segment + 1, now)
+        self._emit(emitted, work, now)
+        return [request for request, _ in emitted]
+
+    def _exits(self, segment: int, asked: Asked, verdicts: Verdicts) -> BoolArray:
+        """Which evaluated rows exit: of the live rows those that the policy lets, of the scored ones all that can."""
+        live = slice(asked.live)
+        if segment == self.segments - 1 or not asked.live:
+            return verdicts.exited
+        said = Checks(verdicts.confidences[live], asked.evaluations.thresholds[live], verdicts.exited[live])
+        allowed = self.policy.exits(segment, said)
+        self.policy.rates.observe(segment, asked.live, int(allowed.sum()))
+        return np.concatenate((allowed, verdicts.exited[asked.live :]))
+
+    def _late_already(self, spans: IntArray, segment: int, now: float) -> None:
+        """Live rows have come to a buffer: count those whose tokens can't be in time any more."""
+        standing = Standing.of(self.seats)
+        live, fills = [len(b) for b in standing.buffers], [standing.fills(s) for s in range(self.segments)]
+        ahead = self.policy.rule.seconds_ahead(segment, live, fills)
+        self.deadlines.buffered(self.seats.due[spans], now, ahead)
+
+    def _emit(self, emitted: list[tuple[Request, int]], work: Work, now: float) -> None:
+        """Requests got tokens: they set when the next is due, and may be the last."""
+        full_step = self.policy.rule.full_step(self.seats.decoding)
+        for request, count in emitted:
+            self.deadlines.emitted(request, now, full_step)
+            self.seats.due[request.seat] = request.due
+            # The first token of a request comes from its prompt.
+            work.decided += count - (count == request.num_output)
+            reason = request.abort_asked or request.ending()
+            if reason is not None:
+                self.finish(request.request_id, reason)
 
     def took(self, done: Pass, seconds: float) -> None:
         """Learn how long a committed pass took, the engine's own time included."""
@@ -257,63 +316,31 @@ class Scheduler:
         """What a pass that `took` was not yet told of did."""
         return self._outstanding[done.number]
 
-    def _exits(self, done: Pass, result: PassResult) -> Iterator[bool]:
-        """Which of the decode rows' checks in a pass end in an exit, in the pass's order."""
-        if result.error is not None:
-            return iter(())
-        checks = [
-            (evaluation, verdict)
-            for span, verdicts in zip(done.spans, result.verdicts, strict=True)
-            for evaluation, verdict in zip(span.evaluations, verdicts, strict=True)
-            if evaluation.threshold is not None and evaluation.target is None
-        ]
-        if not checks:
-            return iter(())
-        exits = self.policy.exits(done.segment, checks)
-        self.policy.rates.observe(done.segment, len(exits), sum(exits))
-        return iter(exits)
-
-    def _advance(
-        self, request: Request, segment: int, span: Span, verdicts: Iterable[Verdict], exits: Iterator[bool]
-    ) -> None:
-        request.frontiers[segment] = span.stop
-        self.placement.passed(request, segment, span)
-        for evaluation, verdict in zip(span.evaluations, verdicts, strict=True):
-            check = evaluation.threshold is not None and evaluation.target is None
-            exited = next(exits) if check else verdict.exited
-            if judge(request, segment, evaluation, verdict, exited) and segment < self.segments - 1:
-                self.placement.exited(request, evaluation.position, segment + 1)
-        self.placement.skip_ahead(request)
-
-    def _buffered(self, request: Request, now: float) -> None:
-        if request.due < float("inf"):
-            standing, segment = self.standing.buffers, request.stands_at
-            assert segment is not None
-            live, fills = [len(buffer) for buffer in standing], [buffer.fills for buffer in standing]
-            self.deadlines.buffered(request, now, self.policy.rule.seconds_ahead(segment, live, fills))
-
     def check_integrity(self) -> None:
-        """Raise AssertionError unless slots, arena rows, buffers and frontiers agree with the requests."""
-        self.placement.check_integrity(self.running)
-        idle = {r.request_id: r for r in self.running if not r.in_pass}
-        fresh = Standing(self.segments)
-        for request in idle.values():
-            stands, since = request.stands_at, request.waits_since
-            fresh.enter(request, self.passes)
-            assert (stands, since) == (request.stands_at, request.waits_since)
-        assert fresh.owed == self.standing.owed
-        assert fresh.ready.keys() == self.standing.ready.keys()
-        for now, then in zip(self.standing.buffers, fresh.buffers, strict=True):
-            assert set(now) == set(then)
-            assert now.fills == then.fills
-        assert [set(u) for u in self.standing.urgent] == [set(u) for u in fresh.urgent]
-        assert self.decoding == sum(request.num_output > 0 for request in self.running)
+        """Raise AssertionError unless slots and arena rows agree with the requests that run."""
+        self.placement.check_integrity()
+
+
+def _least(column: npt.NDArray[Any], seats: IntArray, default: float) -> Any:
+    """The smallest entry of some seats."""
+    return column[seats].min().item() if len(seats) else default
 
 
 @dataclass
 class Work:
-    """What an outstanding pass does: decoding requests, fills that they owe, other requests; tokens of the former."""
+    """What an outstanding pass does.
 
+    Attributes:
+        spans: seats of the pass's spans.
+        placed: its rows.
+        asked: its evaluations.
+        live: decoding requests; `fills` are the further rows of these, `prompts` the other requests.
+        decided: tokens of decoding requests.
+    """
+
+    spans: IntArray
+    placed: Placed
+    asked: Asked
     live: int
     fills: int
     prompts: int

@@ -2,100 +2,100 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+import numpy as np
 
 from drex.config import EngineConfig
 from drex.control.cost import CostModel, Load
 from drex.control.deadlines import CHUNK_FLOOR
 from drex.control.placement import Placement
+from drex.control.plan import IntArray
 from drex.control.policies import Choice
+from drex.control.seats import Seats
 from drex.control.standing import Standing
-from drex.request import Request
 
-Picked = Iterator[tuple[Request, int]]
-"""Requests, and how many of their pending rows."""
+Picked = tuple[IntArray, IntArray]
+"""Seats, and how many of their pending rows. Shape (spans,) each."""
 
 
 class Selection:
-    """Picks requests for passes; changes nothing.
+    """Picks rows for passes; changes nothing.
 
     Args:
         config: for the sizes of passes.
         placement: what slots and arena rows are left.
-        standing: who stands where.
+        seats: of the requests.
         cost: for how long a prompt's chunk keeps the others.
     """
 
-    def __init__(self, config: EngineConfig, placement: Placement, standing: Standing, cost: CostModel) -> None:
-        self.config, self.placement, self.standing, self.cost = config, placement, standing, cost
+    def __init__(self, config: EngineConfig, placement: Placement, seats: Seats, cost: CostModel) -> None:
+        self.config, self.placement, self.seats, self.cost = config, placement, seats, cost
 
-    def pick(self, choice: Choice, running: Iterable[Request], now: float) -> Picked:
-        """The rows of a pass.
+    def pick(self, choice: Choice, standing: Standing, now: float) -> Picked:
+        """The rows of a pass: what the policy chose, of those who stand so, at a time."""
+        return self._deep(choice, standing) if choice.segment else self._shallow(choice, standing, now)
 
-        Args:
-            choice: of the policy.
-            running: all requests that are admitted, most urgent first.
-            now: time.
-        """
-        return self._deep(choice, running) if choice.segment else self._shallow(choice, running, now)
-
-    def ready_that_fit(self) -> int:
+    def ready_that_fit(self, standing: Standing) -> int:
         """Ready requests that a pass over segment 0 could take."""
-        count = len(self.standing.ready)
-        slots = (self.placement.pool.capacity - self.placement.pool.claimed) // self.placement.slots_per_token
-        rows = self.placement.arena.free if self.placement.segments > 1 else count
-        if count <= min(slots, rows, self.config.max_num_batched_tokens):
+        count = len(standing.ready)
+        if count <= self._surely():
             return count
-        return sum(1 for _ in self.fitting(self.standing.ready.values(), count))
+        return len(self._fitting(standing.ready, standing, count)[0])
 
-    def prompt_fits(self, beside: int) -> bool:
+    def prompt_fits(self, standing: Standing, beside: int) -> bool:
         """Whether a prompt or replay has a row that fits, with `beside` rows in the pass already."""
-        prompts = self.standing.urgent[0]
-        return bool(prompts) and any(True for _ in self.fitting(prompts.values(), 1, beside))
+        urgent = standing.urgent[0]
+        return len(urgent) > 0 and len(self._fitting(urgent, standing, 1, beside)[0]) > 0
 
-    def fitting(self, requests: Iterable[Request], most: int, beside: int = 0) -> Picked:
-        """Requests and how many of their rows fit into a pass over segment 0, with `beside` rows in it already."""
-        placement, per_token = self.placement, self.placement.slots_per_token
+    def _surely(self) -> int:
+        """As many rows as fit into a pass over segment 0, whosever they are."""
+        pool, slots = self.placement.pool, self.placement.slots_per_token
+        return min((pool.capacity - pool.claimed) // slots, self._rows_left(), self.config.max_num_batched_tokens)
+
+    def _rows_left(self) -> int:
+        """Rows of the arena; with one segment, none is needed."""
+        arena = self.placement.arena
+        return arena.free if self.placement.segments > 1 else self.config.max_num_batched_tokens
+
+    def _fitting(self, wanted: IntArray, standing: Standing, most: int, beside: int = 0) -> Picked:
+        """At most so many of the wanted seats, in this order, and how many of their rows fit beside so many others."""
+        per_token, reached = self.placement.slots_per_token, self.seats.reached
         budget = self.config.max_num_batched_tokens - beside
-        slots = placement.pool.capacity - placement.pool.claimed - beside * per_token
-        rows = placement.arena.free - beside if placement.segments > 1 else budget
-        for request in requests:
-            if budget <= 0 or rows <= 0 or most <= 0:
-                return
-            if request.frontiers[0] >= request.claimed_length:
+        slots = self.placement.pool.capacity - self.placement.pool.claimed - beside * per_token
+        rows = self._rows_left() - beside
+        taken: list[tuple[int, int]] = []
+        for seat in wanted.tolist():
+            if budget <= 0 or rows <= 0 or len(taken) == most:
+                break
+            if reached[1, seat] >= self.seats.claimed_length[seat]:
                 if slots < per_token:
                     continue
                 slots -= per_token
-            count = min(len(request.tokens) - request.frontiers[0], budget, rows)
-            yield request, count
+            count = min(int(standing.pending[0, seat]), budget, rows)
+            taken.append((seat, count))
             budget -= count
             rows -= count
-            most -= 1
+        picked = np.array(taken, dtype=np.int64).reshape(-1, 2)
+        return picked[:, 0], picked[:, 1]
 
-    def _shallow(self, choice: Choice, running: Iterable[Request], now: float) -> Picked:
-        """Decode rows, those that are due first where not all go, then prompts and replays in chunks."""
-        ready: Iterable[Request] = self.standing.ready.values()
-        if choice.ready < len(self.standing.ready):
-            ready = sorted(ready, key=lambda request: (request.due, *urgency(request)))
-        taken = 0
-        for request, count in self.fitting(ready, choice.ready):
-            taken += 1
-            yield request, count
-        prompts = self.standing.urgent[0]
-        if prompts:
-            chunk = self._chunk(taken, running, now)
-            for request, count in self.fitting(sorted(prompts.values(), key=urgency), len(prompts), beside=taken):
-                if chunk <= 0:
-                    return
-                yield request, min(count, chunk)
-                chunk -= count
+    def _shallow(self, choice: Choice, standing: Standing, now: float) -> Picked:
+        """Decode rows, the surest and then those that are due first where not all go; then prompts in chunks."""
+        ready, urgent = standing.ready, standing.urgent[0]
+        if choice.ready == len(ready) <= self._surely():
+            chosen = ready, np.ones_like(ready)
+        else:
+            ready = self.seats.by_urgency(ready)
+            order = np.lexsort((self.seats.due[ready], -self.seats.chance[ready]))
+            chosen = self._fitting(ready[order], standing, choice.ready)
+        if not len(urgent):
+            return chosen
+        seats, counts = self._fitting(self.seats.by_urgency(urgent), standing, len(urgent), beside=len(chosen[0]))
+        return _join(chosen, _cut(seats, counts, self._chunk(len(chosen[0]), now)))
 
-    def _chunk(self, decode_rows: int, running: Iterable[Request], now: float) -> int:
+    def _chunk(self, decode_rows: int, now: float) -> int:
         """Prompt rows that a pass may have without making running requests late; at least a floor's worth."""
         most = self.config.max_num_batched_tokens
-        slack = min([request.due for request in running], default=math.inf) - now
-        if slack == math.inf:
+        slack = float(self.seats.due.min()) - now
+        if slack == np.inf:
             return most
         while most > CHUNK_FLOOR:
             load = [Load(decode_rows + most, decode_rows + 1, 0, decode_rows + 1)] * self.placement.segments
@@ -104,23 +104,26 @@ class Selection:
             most = max(CHUNK_FLOOR, most // 2)
         return most
 
-    def _deep(self, choice: Choice, running: Iterable[Request]) -> Picked:
+    def _deep(self, choice: Choice, standing: Standing) -> Picked:
         """Buffered rows by age, then prompts, each with the fills they owe; then those that only owe fills."""
-        segment = choice.segment
-        order = [*self.standing.buffers[segment].oldest_first(), *self.standing.urgent[segment].values()]
+        segment, pending = choice.segment, standing.pending[choice.segment]
+        waiting = standing.buffers[segment]
+        order = [waiting[np.argsort(self.seats.since[waiting], kind="stable")], standing.urgent[segment]]
         if choice.fills:
-            known = {request.request_id for request in order}
-            idle = [r for r in running if not r.in_pass and r.request_id not in known and r.pending(segment)]
-            order.extend(sorted(idle, key=lambda request: -request.pending(segment)))
-        budget = self.config.max_num_batched_tokens
-        for request in order:
-            if budget == 0:
-                return
-            count = min(request.pending(segment), budget)
-            yield request, count
-            budget -= count
+            only_owe = standing.decoding & (pending > 0)
+            only_owe[waiting] = False
+            others = np.flatnonzero(only_owe)
+            order.append(others[np.argsort(-pending[others], kind="stable")])
+        seats = np.concatenate(order)
+        return _cut(seats, pending[seats], self.config.max_num_batched_tokens)
 
 
-def urgency(request: Request) -> tuple[int, int]:
-    """What requests are sorted by: priority, then arrival."""
-    return request.priority, request.arrival
+def _join(first: Picked, second: Picked) -> Picked:
+    return np.concatenate((first[0], second[0])), np.concatenate((first[1], second[1]))
+
+
+def _cut(seats: IntArray, counts: IntArray, budget: int) -> Picked:
+    """The first of them, with no more rows than the budget altogether."""
+    before = counts.cumsum() - counts
+    some = before < budget
+    return seats[some], np.minimum(counts, budget - before)[some]

@@ -13,12 +13,12 @@ Invariants: a cell is free or in exactly one table; `claimed` covers what admitt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from drex.control.plan import BoolArray, Context, IntArray, Run, Scattered
+from drex.control.plan import BoolArray, Contexts, IntArray
 
 
 @dataclass(frozen=True)
@@ -47,116 +47,48 @@ MOST_LEFT = 1024
 """Starts of stretches that tables have left, to be tried first by new ones."""
 
 
-class SegmentTable:
-    """Entries of one request at one segment, in order of position: own cells, aliases of another slot, or absent.
+class SegmentTables:
+    """Entries of all requests at one segment, by seat, in order of position: own cells, or aliases of another slot.
 
-    While the cells of each part lie in one run, only their starts are kept.
-
-    Args:
-        preferred: for each part, the stretch [low, high) of cells to grow in; low is -1 where there is none.
-        room: positions the request may reach.
+    Shapes: cells (parts, seats, room), of which the first `counts` (seats,) hold cells, or slots where `aliased`
+    (seats, room); low and high (parts, seats), the stretch that each part grows in, empty where there is none; in_run
+    (seats,), whether all entries are own cells at `low` plus their index.
     """
 
-    def __init__(self, preferred: Sequence[tuple[int, int]], room: int) -> None:
-        self.preferred = tuple(preferred)
-        self.count = 0
-        self._starts = [low for low, _ in preferred]
-        self._room = room
-        self._cells: IntArray | None = None
-        self._aliased: BoolArray = np.zeros(0, dtype=np.bool_)
+    def __init__(self, parts: int, seats: int, room: int) -> None:
+        self.parts = parts
+        # Left empty, so that only what is used ever takes memory.
+        self.cells: IntArray = np.empty((parts, seats, room), dtype=np.int64)
+        self.aliased: BoolArray = np.zeros((seats, room), dtype=np.bool_)
+        self.counts: IntArray = np.zeros(seats, dtype=np.int64)
+        self.low: IntArray = np.zeros((parts, seats), dtype=np.int64)
+        self.high: IntArray = np.zeros((parts, seats), dtype=np.int64)
+        self.in_run: BoolArray = np.ones(seats, dtype=np.bool_)
 
-    @property
-    def parts(self) -> int:
-        return len(self.preferred)
+    def entries(self, seat: int) -> tuple[IntArray, BoolArray]:
+        """One request's: cells or slots (parts, count), and which are aliases (count,)."""
+        count = self.counts[seat]
+        return self.cells[:, seat, :count], self.aliased[seat, :count]
 
-    @property
-    def scattered(self) -> bool:
-        """Whether the entries are not in one run a part."""
-        return self._cells is not None
-
-    @property
-    def cells(self) -> IntArray:
-        """Cells by part and entry, or slots where `aliased`. Shape (parts, count)."""
-        if self._cells is not None:
-            return self._cells[:, : self.count]
-        return np.array(self._starts, dtype=np.int64)[:, None] + np.arange(self.count)
-
-    @property
-    def aliased(self) -> BoolArray:
-        """Which entries are aliases. Shape (count,)."""
-        return self._aliased[: self.count] if self.scattered else np.zeros(self.count, dtype=np.bool_)
-
-    def cell(self, part: int, entry: int) -> int:
-        """The cell of one entry."""
-        return self._starts[part] + entry if self._cells is None else int(self._cells[part, entry])
-
-    def next_cell(self, part: int) -> int:
-        """Where the run of a part would go on; -1 where it can't."""
-        if self._cells is None:
-            start = self._starts[part]
-            return start + self.count if start >= 0 else -1
-        last = self.count - 1
-        if last < 0 or self._aliased[last]:
-            return self.preferred[part][0]
-        return int(self._cells[part, last]) + 1
-
-    def room_ahead(self, positions: int) -> tuple[range, ...] | None:
-        """Where each part's run would go on for so many positions; None where one of them can't."""
-        if self._cells is not None:
-            return None
-        runs = []
-        for start, (low, high) in zip(self._starts, self.preferred, strict=True):
-            begin = start + self.count
-            if not 0 <= low <= begin <= high - positions:
-                return None
-            runs.append(range(begin, begin + positions))
-        return tuple(runs)
-
-    def append(self, cells: Sequence[Sequence[int]]) -> None:
-        """Add own entries, in order of position; for each part as many cells."""
-        added = len(cells[0])
-        if self._cells is None:
-            if not self.count:
-                self._starts = [part[0] for part in cells]
-            if all(_goes_on(part, self._starts[i] + self.count) for i, part in enumerate(cells)):
-                self.count += added
-                return
-        held = self._scatter()
-        held[:, self.count : self.count + added] = cells
-        self.count += added
-
-    def append_alias(self, slot: int) -> None:
-        """Add an entry that reads another layer's slot at every layer of this segment."""
-        self._scatter()[:, self.count] = slot
-        self._aliased[self.count] = True
-        self.count += 1
-
-    def _scatter(self) -> IntArray:
-        """Keep every cell from now on."""
-        if self._cells is None:
-            held = np.empty((self.parts, self._room), dtype=np.int64)
-            held[:, : self.count] = self.cells
-            self._cells, self._aliased = held, np.zeros(self._room, dtype=np.bool_)
-        return self._cells
-
-    def context(self) -> tuple[Context, ...]:
-        """What attention reads, one for each part."""
-        if self._cells is None:
-            return tuple([Run(start, self.count) for start in self._starts])
-        aliased = self.aliased.copy()
-        return tuple(Scattered(part.copy(), aliased) for part in self.cells)
-
-    def own_cells(self) -> IntArray:
-        """All cells this table holds, flat."""
-        own: IntArray = self.cells[:, ~self.aliased].reshape(-1)
+    def own_cells(self, seat: int) -> IntArray:
+        """All cells that one request holds here, flat."""
+        cells, aliased = self.entries(seat)
+        own: IntArray = cells[:, ~aliased].reshape(-1)
         return own
 
+    def put(self, seats: IntArray, entries: IntArray, cells: IntArray) -> None:
+        """Set entries, ascending in each seat. Shapes: seats and entries (rows,), cells (parts, rows)."""
+        self.cells[:, seats, entries] = cells
+        # Own entries and aliases of one span come one after the other, whichever is last.
+        self.counts[seats] = np.maximum(self.counts[seats], entries + 1)
 
-def _goes_on(cells: Sequence[int], start: int) -> bool:
-    """Whether cells are consecutive from `start` on."""
-    if isinstance(cells, range):
-        return cells.start == start
-    return list(cells) == list(range(start, start + len(cells)))
+    def contexts(self, seats: IntArray) -> Contexts:
+        """What attention reads, by seat."""
+        scattered = {}
+        for span in [] if self.in_run.all() else np.flatnonzero(~self.in_run[seats]).tolist():
+            cells, aliased = self.entries(seats[span])
+            scattered[span] = cells.copy(), aliased.copy()
+        return Contexts(self.counts[seats], self.low[:, seats], scattered)
 
 
 class SlotPool:
@@ -165,32 +97,33 @@ class SlotPool:
     Args:
         layout: of the segments.
         tokens: how many tokens fit at every layer.
+        seats: requests that can have tables.
+        room: positions that a request may reach.
     """
 
-    def __init__(self, layout: SlotLayout, tokens: int) -> None:
+    def __init__(self, layout: SlotLayout, tokens: int, seats: int, room: int) -> None:
         self.layout = layout
         self.num_cells = tokens * layout.cells_per_token
         self.claimed = 0
-        # One byte a cell, seen two ways: single cells are quick to reach as bytes, many as an array.
-        self._free_bytes = bytearray(b"\1") * self.num_cells
-        self._free: BoolArray = np.frombuffer(self._free_bytes, dtype=np.bool_)
+        self.tables = [SegmentTables(layout.parts(s), seats, room) for s in range(len(layout.lengths))]
+        self._free: BoolArray = np.ones(self.num_cells, dtype=np.bool_)
         self._unpreferred: BoolArray = np.ones(self.num_cells, dtype=np.bool_)
         self._cells_in_use = 0
-        self._tables: dict[str, tuple[SegmentTable, ...]] = {}
         self._left: list[int] = []
+        self._untouched = 0
 
     @property
     def capacity(self) -> int:
-        """Slots there are."""
+        """All slots."""
         return self.num_cells * self.layout.layers_per_cell
 
     @property
     def in_use(self) -> int:
-        """Slots that hold K/V."""
+        """Slots that hold K/V, or are about to."""
         return self._cells_in_use * self.layout.layers_per_cell
 
     def fits(self, slots: int) -> bool:
-        """Whether `slots` more can be claimed."""
+        """Whether so many more can be claimed."""
         return self.claimed + slots <= self.capacity
 
     def claim(self, slots: int) -> None:
@@ -198,96 +131,115 @@ class SlotPool:
         self.claimed += slots
         assert 0 <= self.claimed <= self.capacity, f"claimed {self.claimed} of {self.capacity} slots"
 
-    def open(self, request_id: str, room: int) -> tuple[SegmentTable, ...]:
-        """Give a request its tables, with stretches of the pool where `room` positions could lie in one run."""
-        assert request_id not in self._tables
-        segments = range(len(self.layout.lengths))
-        tables = tuple(SegmentTable(self._prefer(self.layout.parts(segment), room), room) for segment in segments)
-        self._tables[request_id] = tables
-        return tables
+    def open(self, seat: int, room: int) -> None:
+        """Give a request empty tables, with stretches of the pool where `room` positions could lie in one run."""
+        for table in self.tables:
+            assert table.counts[seat] == 0
+            for part in range(table.parts):
+                start = self._find_stretch(room)
+                stop = start if start is None else start + room
+                table.low[part, seat], table.high[part, seat] = start or 0, stop or 0
+                self._unpreferred[start or 0 : stop or 0] = False
 
-    def close(self, request_id: str) -> None:
+    def close(self, seat: int) -> None:
         """Free everything a request holds."""
-        for table in self._tables.pop(request_id):
-            cells = table.own_cells()
-            assert not self._free[cells].any()
-            self._free[cells] = True
-            self._cells_in_use -= len(cells)
-            for start, stop in table.preferred:
+        for table in self.tables:
+            count, run = int(table.counts[seat]), bool(table.in_run[seat])
+            if not run:
+                cells = table.own_cells(seat)
+                self._free[cells] = True
+                self._cells_in_use -= len(cells)
+                table.aliased[seat, :count] = False
+                table.in_run[seat] = True
+            for start, stop in zip(table.low[:, seat].tolist(), table.high[:, seat].tolist(), strict=True):
+                if run:
+                    self._free[start : start + count] = True
+                    self._cells_in_use -= count
                 self._unpreferred[start:stop] = True
-                self._left.append(start)
-            del self._left[:-MOST_LEFT]
+                if stop > start:
+                    self._left.append(start)
+            table.counts[seat] = 0
+            table.low[:, seat] = table.high[:, seat] = 0
+        del self._left[:-MOST_LEFT]
 
-    def _prefer(self, parts: int, room: int) -> list[tuple[int, int]]:
-        """A stretch of `room` cells for each part, (-1, -1) where there is none; marked as preferred."""
-        chosen = []
-        for _ in range(parts):
-            start = self._find_stretch(room)
-            chosen.append((start, start + room if start >= 0 else start))
-            if start >= 0:
-                self._unpreferred[start : start + room] = False
-        return chosen
-
-    def extend(self, table: SegmentTable, positions: int) -> tuple[Sequence[int], ...]:
-        """Take cells for `positions` more entries and append them. Returns them, for each part as many."""
-        runs = table.room_ahead(positions)
-        free = self._free_bytes
-        if runs is not None and all(free.find(0, run.start, run.stop) < 0 for run in runs):
-            for run in runs:
-                if positions == 1:
-                    free[run.start] = 0
-                else:
-                    self._free[run.start : run.stop] = False
-            self._cells_in_use += positions * len(runs)
-            table.count += positions
-            return runs
-        cells = tuple([self._take(table, part, positions) for part in range(table.parts)])
-        table.append(cells)
+    def append(self, segment: int, seats: IntArray, entries: IntArray) -> IntArray:
+        """Take cells for entries, ascending in each seat. Shapes: (rows,) each -> cells (parts, rows)."""
+        table = self.tables[segment]
+        cells = table.low[:, seats] + entries
+        there = cells < table.high[:, seats]
+        there &= self._free.take(cells, mode="clip")
+        if there.all():
+            self._free[cells] = False
+        else:
+            self._free[cells[there]] = False
+            cells[~there] = self._elsewhere(int(there.size - there.sum()))
+            table.in_run[seats[~there.all(0)]] = False
+        self._cells_in_use += cells.size
+        table.put(seats, entries, cells)
         return cells
 
-    def slot(self, cell: int) -> int:
-        """The flat slot number of a cell's last layer: what an alias of an exit layer names."""
-        return (self.layout.layers_per_cell - 1) * self.num_cells + cell
+    def append_aliases(self, segment: int, seats: IntArray, entries: IntArray, cells: IntArray) -> None:
+        """Add entries that read, at every layer of this segment, the last layer of another part's cells (rows,)."""
+        table = self.tables[segment]
+        # The flat slot number of a cell's last layer.
+        table.put(seats, entries, (self.layout.layers_per_cell - 1) * self.num_cells + cells)
+        table.aliased[seats, entries] = True
+        table.in_run[seats] = False
 
-    def _take(self, table: SegmentTable, part: int, positions: int) -> Sequence[int]:
-        low, high = table.preferred[part]
-        start = table.next_cell(part)
-        stop = start + positions
-        self._cells_in_use += positions
-        if 0 <= low <= start and stop <= high and self._free_bytes.find(0, start, stop) < 0:
-            if positions == 1:
-                self._free_bytes[start] = 0
-            else:
-                self._free[start:stop] = False
-            return range(start, stop)
-        cells = np.flatnonzero(self._free & self._unpreferred)[:positions]
-        if len(cells) < positions:
-            cells = np.flatnonzero(self._free)[:positions]
-        assert len(cells) == positions, "the pool is short of slots that were claimed"
+    def cut(self, table: SegmentTables, seat: int, entries: int) -> None:
+        """Free all but the first so many entries of a table."""
+        count = int(table.counts[seat])
+        if count <= entries:
+            return
+        own = table.cells[:, seat, entries:count][:, ~table.aliased[seat, entries:count]]
+        self._free[own] = True
+        self._cells_in_use -= own.size
+        table.aliased[seat, entries:count] = False
+        table.counts[seat] = entries
+        if not table.in_run[seat]:
+            cells, aliased = table.entries(seat)
+            run = table.low[:, seat, None] + np.arange(entries)
+            table.in_run[seat] = not aliased.any() and bool((cells == run).all())
+
+    def _elsewhere(self, count: int) -> IntArray:
+        """Free cells, those that nobody prefers first; marked as taken."""
+        cells = np.flatnonzero(self._free & self._unpreferred)[:count]
+        if len(cells) < count:
+            cells = np.concatenate((cells, np.flatnonzero(self._free & ~self._unpreferred)[: count - len(cells)]))
+        assert len(cells) == count, "the pool is short of slots that were claimed"
         self._free[cells] = False
-        taken: list[int] = cells.tolist()
-        return taken
+        return cells
 
-    def _find_stretch(self, room: int) -> int:
-        """`room` cells in a row that are free and nobody prefers, where another table was if possible; or -1."""
+    def _find_stretch(self, room: int) -> int | None:
+        """`room` cells in a row that are free and nobody prefers, where another table was if possible."""
         while self._left:
             start = self._left.pop()
-            stop = start + room
-            inside = start >= 0 and stop <= self.num_cells
-            if inside and self._free[start:stop].all() and self._unpreferred[start:stop].all():
+            if self._open_ground(start, start + room):
                 return start
+        if self._open_ground(self._untouched, self._untouched + room):
+            self._untouched += room
+            return self._untouched - room
         taken = np.flatnonzero(~(self._free & self._unpreferred))
         edges = np.concatenate(([-1], taken, [self.num_cells]))
         starts = np.flatnonzero(np.diff(edges) > room)
-        return int(edges[starts[0]]) + 1 if len(starts) else -1
+        return int(edges[starts[0]]) + 1 if len(starts) else None
 
-    def check_integrity(self, holders: Iterable[str] = ()) -> None:
-        """Raise AssertionError unless each cell is free or in one table, and just the `holders` have tables."""
+    def _open_ground(self, start: int, stop: int) -> bool:
+        inside = stop <= self.num_cells
+        return inside and bool(self._free[start:stop].all() and self._unpreferred[start:stop].all())
+
+    def check_integrity(self, holders: Iterable[int] = ()) -> None:
+        """Raise AssertionError unless each cell is free or in one table, and just the `holders` have any."""
+        held = set(holders)
         seen = np.zeros(self.num_cells, dtype=np.int64)
-        for tables in self._tables.values():
-            for table in tables:
-                np.add.at(seen, table.own_cells(), 1)
+        for table in self.tables:
+            assert set(np.flatnonzero(table.counts).tolist()) <= held, "a request holds cells that it should not"
+            for seat in held:
+                np.add.at(seen, table.own_cells(seat), 1)
+                if table.in_run[seat]:
+                    cells, aliased = table.entries(seat)
+                    assert not aliased.any()
+                    assert (cells == table.low[:, seat, None] + np.arange(table.counts[seat])).all()
         assert (seen + self._free == 1).all(), "a cell is lost or in two tables"
         assert self._cells_in_use == int(seen.sum())
         assert self.in_use <= self.claimed <= self.capacity
-        assert set(self._tables) == set(holders), "a request holds tables that it should not, or has none"

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from drex.control.plan import BoolArray, IntArray
-from drex.control.profile import FloatArray
+from drex.control.plan import BoolArray, FloatArray, IntArray
 
 ROUNDS = 50
 FEWEST, NEARLY_ALL = 1e-9, 1 - 1e-9

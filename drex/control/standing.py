@@ -1,71 +1,58 @@
-"""Where each running request stands that is in no outstanding pass, kept up to date as requests move.
+"""Where each running request stands: before the first segment, in a rebatching buffer, or catching up.
 
-A request that decodes is `ready` before segment 0, or its live row waits in one of the `buffers`. Prompts, replays and
-rows of a first token are `urgent` at every segment where they have pending positions.
+A buffer is a list of seats: no states move in or out.
 """
 
 from __future__ import annotations
 
-from drex.control.buffer import RebatchBuffer
-from drex.request import Request
+from typing import NamedTuple
+
+import numpy as np
+
+from drex.control.plan import BoolArray, IntArray
+from drex.control.seats import Seats
 
 
-class Standing:
-    """Requests by where they stand.
+class Standing(NamedTuple):
+    """Where the requests stand that no outstanding pass holds. Arrays of seats are in no particular order.
 
     Attributes:
-        ready: decoding, before segment 0.
-        buffers: for each segment; the first stays empty.
-        urgent: for each segment.
-        owed: for each segment, rows of decoding requests whose token is decided and that owe K/V there next.
+        pending: positions that have come to each segment and not passed it. Shape (segments, seats).
+        decoding: whether a request has a token, and no prompt or replay still to pass the first segment. (seats,).
+        ready: decoding requests with a row before the first segment, which may stand on tentative tokens.
+        buffers: for each segment, decoding requests whose first row that is not settled waits there; empty for the
+            first.
+        urgent: for each segment, requests that catch up and have positions there: prompts, replays, rows of a first
+            token.
+        owed: for each segment, rows of decoding requests that are to pass there next beside those in the buffer.
     """
 
-    def __init__(self, segments: int) -> None:
-        self.ready: dict[str, Request] = {}
-        self.buffers = [RebatchBuffer(segment) for segment in range(segments)]
-        self.urgent: list[dict[str, Request]] = [{} for _ in range(segments)]
-        self.owed = [0] * segments
+    pending: IntArray
+    decoding: BoolArray
+    ready: IntArray
+    buffers: list[IntArray]
+    urgent: list[IntArray]
+    owed: list[int]
 
-    def enter(self, request: Request, pass_number: int) -> bool:
-        """Take in a request that no pass holds. Returns whether its live row has just come to a buffer."""
-        frontiers, last = request.frontiers, len(request.tokens) - 1
-        if frontiers[0] < last or last + 1 == len(request.prompt):
-            request.stands_at = None
-            for segment, urgent in enumerate(self.urgent):
-                if request.pending(segment):
-                    urgent[request.request_id] = request
-            return False
-        if frontiers[-1] < last:
-            self._count(frontiers, last, 1)
-        if frontiers[0] == last:
-            request.stands_at = 0
-            self.ready[request.request_id] = request
-            return False
-        segment = request.stands_at = sum([frontier > last for frontier in frontiers])
-        new = request.waits_since is None or request.waits_since[0] != segment
-        if new:
-            request.waits_since = segment, pass_number
-        self.buffers[segment].add(request)
-        return new
+    @classmethod
+    def of(cls, seats: Seats) -> Standing:
+        """Look at all seats."""
+        reached, settled = seats.reached, seats.settled
+        pending = reached[:-1] - reached[1:]
+        # The first row that is not settled stands at position settled - 1.
+        decoding = seats.idle & (settled > seats.prompt) & (reached[1] >= settled - 1)
+        arrived = [decoding & (pending[0] > 0) & ~seats.ended]
+        for segment in range(1, seats.segments):
+            arrived.append(decoding & (reached[segment] >= settled) & (reached[segment + 1] < settled))
+        ready, *buffers = [np.flatnonzero(waits) for waits in arrived]
+        catching_up, nobody = seats.idle & ~decoding, ready[:0]
+        urgent = [nobody] * seats.segments
+        if catching_up.any():
+            urgent = [np.flatnonzero(catching_up & (rows > 0)) for rows in pending]
+        further = [int(pending[segment, decoding].sum()) - len(waits) for segment, waits in enumerate(buffers, 1)]
+        return cls(pending, decoding, ready, [nobody, *buffers], urgent, [0, *further])
 
-    def leave(self, request: Request) -> None:
-        """Take out a request, for a pass or for good; called before anything of it changes."""
-        if request.stands_at is None:
-            for urgent in self.urgent:
-                urgent.pop(request.request_id, None)
-            return
-        frontiers, last = request.frontiers, len(request.tokens) - 1
-        if frontiers[-1] < last:
-            self._count(frontiers, last, -1)
-        if request.stands_at == 0:
-            del self.ready[request.request_id]
-        else:
-            self.buffers[request.stands_at].discard(request)
-
-    def _count(self, frontiers: list[int], last: int, sign: int) -> None:
-        """Add or take away what a request owes. Positions before `last` are decided."""
-        before = min(last, frontiers[0])
-        for segment in range(1, len(frontiers)):
-            here = min(last, frontiers[segment])
-            self.owed[segment] += sign * (before - here)
-            before = here
+    def fills(self, segment: int) -> int:
+        """Rows that the requests in a buffer owe there beside their live rows."""
+        waiting = self.buffers[segment]
+        return int(self.pending[segment, waiting].sum()) - len(waiting) if len(waiting) else 0

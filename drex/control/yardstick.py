@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from drex.control.cost import CostModel
-from drex.control.profile import FloatArray
+from drex.control.plan import FloatArray
 from drex.control.solver import NEARLY_ALL, OneExit, TwoExits, solve_one_exit, solve_two_exits
 
 MOST_EXACT_TWO = 64

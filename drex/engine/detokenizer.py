@@ -75,8 +75,8 @@ class Detokenizer:
     def show(self, finished: bool) -> str:
         """Text not shown before and safe to show: without a tail that could still become a stop string."""
         end = len(self.text)
-        if not finished:
-            end -= max((self._overlap(stop) for stop in self._stop), default=0)
+        if self._stop and not finished:
+            end -= max(self._overlap(stop) for stop in self._stop)
         new = self.text[self._shown : end]
         self._shown = max(self._shown, end)
         return new

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from drex.control.cost import Load
 from drex.control.plan import Pass, PassResult
 from drex.control.scheduler import Scheduler
+from drex.control.standing import Standing
 from drex.engine.detokenizer import Detokenizer
 from drex.engine.executor import Executor
 from drex.engine.metrics import Metrics, PassRecord
@@ -119,7 +120,7 @@ class Engine:
             executor.submit(batch)
             result = executor.collect()
         except BaseException as error:  # an interruption: the pass is lost, and so are its requests
-            lost = PassResult((), RuntimeError(f"interrupted: {error!r}"))
+            lost = PassResult(None, RuntimeError(f"interrupted: {error!r}"))
             for request in scheduler.commit(batch, lost, executor.now()):
                 self._samples.pop(request.request_id, None)
             raise
@@ -159,11 +160,12 @@ class Engine:
         """
         scheduler, metrics = self.scheduler, self.metrics
         rule, found = scheduler.policy.rule, scheduler.policy.rule.outlook.yardstick
+        waiting = Standing.of(scheduler.seats).buffers[1:]
         return {
             **metrics.summary(),
-            "running": len(scheduler.running),
+            "running": len(scheduler.seats),
             "waiting": len(scheduler.waiting),
-            "buffered": [len(buffer) for buffer in scheduler.standing.buffers[1:]],
+            "buffered": [len(buffer) for buffer in waiting],
             "achieved": rule.achieved,
             "theta_star": found.optimal if found else None,
             "ideal": found.ideal if found else None,
@@ -173,6 +175,7 @@ class Engine:
             "involuntary_exits": metrics.involuntary_exits,
             "involuntary_stays": metrics.involuntary_stays,
             "unchecked": scheduler.unchecked,
+            "run_ahead": scheduler.drafts.report(),
             "late": scheduler.deadlines.late,
             "infeasible": scheduler.deadlines.infeasible,
             "preemptions": scheduler.preemptions,
@@ -198,6 +201,10 @@ class Engine:
         for number, record in enumerate(request.records[len(sample.tokens) :], len(sample.tokens) + 1):
             may_stop = number >= request.params.min_tokens
             fresh.append(self.token_output(record, sample.detokenizer.push(record.token_id, may_stop)))
+            if sample.detokenizer.stopped_at is not None:
+                # Under run-ahead several tokens come at once: what comes behind a stop string doesn't count.
+                del request.records[number:], request.tokens[len(request.prompt) + number :]
+                break
         self.stats.tokens += len(fresh)
         if sample.detokenizer.stopped_at is not None:
             request.stop_reason = sample.detokenizer.stopped_at

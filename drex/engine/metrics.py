@@ -122,6 +122,10 @@ class Metrics:
                     self.involuntary_stays += 1
                     break
 
+    def times(self, kind: str) -> Sequence[float]:
+        """All of `ttft`, `tpot`, `itl` or `rct`, in seconds."""
+        return {"ttft": self._ttft, "tpot": self._tpot, "itl": self._itl, "rct": self._rct}[kind]
+
     def trim(self, most: int) -> None:
         """Forget the oldest times and confidences, so that about `most` of each kind stay: for engines that run on.
 
@@ -133,11 +137,10 @@ class Metrics:
 
     def summary(self) -> dict[str, Any]:
         """Times in milliseconds: mean and percentiles of each kind; and `goodput`, the share that met its targets."""
-        times = {"ttft_ms": self._ttft, "tpot_ms": self._tpot, "itl_ms": self._itl, "rct_ms": self._rct}
         return {
             "requests": sum(self.finished.values()),
             "finished": dict(self.finished),
-            **{name: quantiles(values) for name, values in times.items()},
+            **{f"{kind}_ms": quantiles(self.times(kind)) for kind in ("ttft", "tpot", "itl", "rct")},
             "goodput": self.good / self.promised if self.promised else None,
         }
 

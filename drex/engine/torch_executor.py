@@ -29,7 +29,7 @@ class TorchExecutor:
             result = PassResult(self.runner.run(batch))
         except Exception as error:  # whatever it is, the requests of this pass must get an answer
             log.exception("pass %d over segment %d failed", batch.number, batch.segment)
-            result = PassResult((), error)
+            result = PassResult(None, error)
         self._results.append(result)
 
     def collect(self) -> PassResult:

@@ -54,11 +54,10 @@ def _document(app: FastAPI) -> None:
     generate = app.openapi
 
     def schema() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            found = generate()
-            for operations in found["paths"].values():
-                for operation in operations.values():
-                    operation["responses"].pop("422", None)
-        return generate()
+        found = generate()
+        for operations in found["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        return found
 
     app.openapi = schema  # type: ignore[method-assign]

@@ -81,6 +81,7 @@ def _card(serving: Serving, name: str) -> ModelCard:
         "criterion": plan.rule.criterion,
         "schedule": plan.rule.schedule,
         "kv_fill": plan.kv_fill,
+        "run_ahead": llm.config.run_ahead,
     }
     return {
         "id": name,

@@ -190,6 +190,7 @@ class ExitPoints(TypedDict):
     criterion: str
     schedule: str
     kv_fill: str
+    run_ahead: str
 
 
 class ModelCard(TypedDict):

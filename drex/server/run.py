@@ -16,6 +16,8 @@ from drex.server.settings import ServerSettings
 log = logging.getLogger(__name__)
 TICK = 0.05
 """Seconds between two looks at what is still open."""
+KEEP_ALIVE = 75
+"""Seconds for which idle connections stay: longer than clients keep theirs, so that none is closed as it is used."""
 LAST_WORDS = 2
 """Seconds, at least, in which what is finished or failed can be sent before connections are closed."""
 
@@ -37,6 +39,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE,
                 timeout_graceful_shutdown=LAST_WORDS,
             )
         )

@@ -10,7 +10,7 @@ from drex.server.schema import EarlyExitOptions, Generation
 DIRECT = (
     *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens"),
-    *("skip_special_tokens", "priority", "ttft_ms", "tpot_ms", "itl_ms"),
+    *("skip_special_tokens", "run_ahead", "priority", "ttft_ms", "tpot_ms", "itl_ms"),
 )
 """Fields that are sampling settings of the same name."""
 

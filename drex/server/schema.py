@@ -89,7 +89,6 @@ class Unsupported(Strict):
     reasoning_effort: Literal["none"] | None = None
     verbosity: None = None
     web_search_options: None = None
-    run_ahead: Literal[False] | None = None
 
 
 class Generation(Unsupported):
@@ -120,6 +119,9 @@ class Generation(Unsupported):
     user: str | None = None
     early_exit: EarlyExitOptions | Literal[False] | None = Field(
         None, description="an object with early-exit settings, or false for full depth"
+    )
+    run_ahead: Literal["off", "trusted", "lossless"] | None = Field(
+        None, description="draft on while waiting; lossless gives full depth's own tokens"
     )
     priority: Int64 | None = Field(None, description="smaller numbers are served first")
     ttft_ms: Target | None = Field(None, description="target for the first token, milliseconds")

@@ -198,6 +198,10 @@ class Telemetry:
             ("infeasible", "Tokens that could not come in time when they were buffered"),
         ):
             yield self._count(f"drex_{name}", text, {(): report[name]})
+        drafts = report["run_ahead"]
+        yield self._count("drex_drafts", "Tokens taken tentatively", {(): drafts["drafted"]})
+        yield self._count("drex_drafts_accepted", "Tentative tokens that were right", {(): drafts["accepted"]})
+        yield self._count("drex_rolled_back", "Tokens taken back with a wrong one", {(): drafts["rolled_back"]})
         rates = {(name,): report[name] for name in ("achieved", "theta_star", "ideal", "full")}
         yield self._gauge("drex_tokens_per_second", "Tokens a second while decoding", rates, ("kind",))
         errors = {(quantile,): value for quantile, value in report["cost_error"].items()}

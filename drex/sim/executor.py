@@ -7,25 +7,52 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from drex.control.cost import CostModel, Load
-from drex.control.hashing import uniform
-from drex.control.plan import Evaluation, Pass, PassResult, Verdict
+from drex.control.hashing import mix, uniform
+from drex.control.plan import BoolArray, Evaluations, FloatArray, Pass, PassResult, Verdicts
 from drex.engine.executor import Executor
 
-ExitSource = Callable[[str, int, Evaluation], float]
-"""Request id, segment and evaluation -> confidence."""
-TOKEN = 0
+RIGHT = 1
+"""Sets the numbers that say whether a token is right apart from its confidence's."""
+TOKEN, WRONG = 0, 1
+"""What full depth says, and what an exit point says that is wrong."""
 
 
-def drawn_exits(request_id: str, segment: int, evaluation: Evaluation) -> float:
-    """Uniform by request seed, position and exit: the criterion `trace`, with which 1 - threshold of the rows exit."""
-    draws = evaluation.draws
-    return uniform(draws.seed, draws.sample, evaluation.position, segment)
+class Said(NamedTuple):
+    """What an exit point says of rows: its confidence, and whether its token is the one that full depth says."""
+
+    confidences: FloatArray
+    right: BoolArray
+
+
+ExitSource = Callable[[int, Evaluations], Said]
+"""At which segment, of which rows -> what is said of each."""
+
+
+class DrawnExits:
+    """Confidences uniform by request seed, position and exit, so that 1 - threshold of the rows exit.
+
+    They are those of the criterion `trace`.
+
+    Args:
+        acceptance: share of the tokens that are right, whatever the confidence.
+    """
+
+    def __init__(self, acceptance: float = 1.0) -> None:
+        self._acceptance = acceptance
+
+    def __call__(self, segment: int, asked: Evaluations) -> Said:
+        seeds, samples = [draws.seed for draws in asked.draws], [draws.sample for draws in asked.draws]
+        where = seeds, samples, asked.positions, segment
+        return Said(uniform(*where), uniform(*where, RIGHT) < self._acceptance)
 
 
 class RecordedExits:
-    """Exits as they were: confidence 1 where the token was emitted, 0 before.
+    """Exits as they were: confidence 1 where the token was emitted, 0 before. All tokens are right.
 
     Args:
         depths: for each request, the segments that each output token executed; a longer output starts again.
@@ -34,10 +61,40 @@ class RecordedExits:
     def __init__(self, depths: Mapping[str, Sequence[int]]) -> None:
         self._depths = depths
 
-    def __call__(self, request_id: str, segment: int, evaluation: Evaluation) -> float:
-        recorded = self._depths[request_id]
-        number = evaluation.position - evaluation.draws.prompt_length + 1
-        return 1.0 if recorded[number % len(recorded)] <= segment + 1 else 0.0
+    def __call__(self, segment: int, asked: Evaluations) -> Said:
+        out = np.zeros(len(asked))
+        for row, (draws, position) in enumerate(zip(asked.draws, asked.positions.tolist(), strict=True)):
+            recorded = self._depths[draws.request_id]
+            number = position - draws.prompt_length + 1
+            out[row] = recorded[number % len(recorded)] <= segment + 1
+        return Said(out, np.ones(len(asked), dtype=np.bool_))
+
+
+class RecordedConfidences:
+    """Confidences as they were on some text, and whether the tokens were right: requests start somewhere in it.
+
+    Args:
+        confidences, right: of each exit point at each position of the text. Shape (exits, positions).
+    """
+
+    def __init__(self, confidences: FloatArray, right: BoolArray) -> None:
+        self._confidences, self._right = confidences, right
+
+    def __call__(self, segment: int, asked: Evaluations) -> Said:
+        starts = mix([draws.seed for draws in asked.draws], [draws.sample for draws in asked.draws])
+        length = self._confidences.shape[1]
+        where = ((starts % np.uint64(length)).astype(np.int64) + asked.positions) % length
+        return Said(self._confidences[segment, where], self._right[segment, where])
+
+
+def verdicts(said: Said | None, asked: Evaluations) -> Verdicts:
+    """Verdicts that say so; None is the final head, which is always right."""
+    count = len(asked)
+    if said is None:
+        said = Said(np.ones(count), np.ones(count, dtype=np.bool_))
+    tokens = np.where(said.right, TOKEN, WRONG)
+    exited = said.confidences >= asked.thresholds
+    return Verdicts(tokens, np.zeros(count), said.confidences, exited, np.stack((tokens, np.ones_like(tokens))), {})
 
 
 class VirtualExecutor:
@@ -45,11 +102,11 @@ class VirtualExecutor:
 
     Args:
         cost: what passes take.
-        exits: what exit points say.
+        exits: what exit points say; None: as `DrawnExits` does.
     """
 
-    def __init__(self, cost: CostModel, exits: ExitSource = drawn_exits) -> None:
-        self._cost, self._exits = cost, exits
+    def __init__(self, cost: CostModel, exits: ExitSource | None = None) -> None:
+        self._cost, self._exits = cost, exits or DrawnExits()
         self._clock = 0.0
         self._submitted: deque[Pass] = deque()
 
@@ -65,15 +122,9 @@ class VirtualExecutor:
     def collect(self) -> PassResult:
         batch = self._submitted.popleft()
         self._clock += self._cost.predict(batch.segment, Load.of(batch))
-        return PassResult(
-            [[self._verdict(span.request_id, batch.segment, e) for e in span.evaluations] for span in batch.spans]
-        )
-
-    def _verdict(self, request_id: str, segment: int, evaluation: Evaluation) -> Verdict:
-        if evaluation.threshold is None:
-            return Verdict(TOKEN, 0.0, 1.0, False, (TOKEN, 1), ())
-        confidence = self._exits(request_id, segment, evaluation)
-        return Verdict(TOKEN, 0.0, confidence, confidence >= evaluation.threshold, (TOKEN, 1), ())
+        final = batch.segment == self._cost.segments - 1
+        said = None if final else self._exits(batch.segment, batch.evaluations)
+        return PassResult(verdicts(said, batch.evaluations))
 
 
 class Recorder:

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from drex.bench.runner import Cell, summarise
-from drex.config import EngineConfig, ExitRule
+from drex.config import EngineConfig, ExitRule, policy_settings
 from drex.control.cost import CostModel
-from drex.control.profile import Curve, Profile, SegmentCost
+from drex.control.profile import Profile
 from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
 from drex.engine.engine import Engine
 from drex.request import Request, SamplingParams
-from drex.sim.executor import ExitSource, RecordedExits, VirtualExecutor, drawn_exits
+from drex.sim.executor import DrawnExits, ExitSource, RecordedConfidences, RecordedExits, VirtualExecutor
 from drex.sim.workload import Job
 
 LABEL = "simulated: costs of a model of the machine, exits drawn or recorded"
@@ -34,6 +34,8 @@ class Scenario:
         profile: costs, with exits and heads.
         exit_rates: at each exit point; ignored where `depths` are given.
         depths: recorded outputs, each the segments that its tokens executed; requests take them in turn.
+        confidences: recorded of a text, with `thresholds`; requests start somewhere in it.
+        acceptance: share of the exit points' tokens that are full depth's, where nothing says more.
         kv_fill: what fills the layers that a token skipped.
         params: of every request but for `max_tokens`.
     """
@@ -44,27 +46,33 @@ class Scenario:
     kv_fill: str
     params: SamplingParams
     depths: Sequence[Sequence[int]] = ()
+    confidences: RecordedConfidences | None = None
+    thresholds: tuple[float, ...] = ()
+    acceptance: float = 1.0
 
     def engine(self, policy: str, config: EngineConfig, requests: int) -> Engine:
         """A fresh engine in virtual time; `full` runs all layers as one segment."""
         lengths, profile = self.lengths, self.profile
         if policy == "full":
-            lengths, profile = (sum(lengths),), merged(profile)
-        exits: ExitSource = drawn_exits
+            lengths, profile = (sum(lengths),), profile.with_exits(())
+        exits: ExitSource = self.confidences or DrawnExits(self.acceptance)
         if self.depths:
             exits = RecordedExits({f"{n}": self.depths[n % len(self.depths)] for n in range(requests)})
         cost = CostModel(profile)
         scheduler = Scheduler(config, SlotLayout(lengths), self.kv_fill, cost)
         return Engine(scheduler, VirtualExecutor(cost.copy(), exits))
 
-    def requests(self, jobs: Sequence[Job], segments: int) -> Iterator[tuple[float, Request]]:
+    def requests(self, jobs: Sequence[Job], segments: int, run_ahead: str = "off") -> Iterator[tuple[float, Request]]:
         """Requests of the jobs, made as they come."""
-        thresholds = tuple(1.0 - rate for rate in self.exit_rates) if not self.depths else (0.5,) * (segments - 1)
+        thresholds = self.thresholds or tuple(1.0 - rate for rate in self.exit_rates)
+        if self.depths:
+            thresholds = (0.5,) * (segments - 1)
         rule = ExitRule("trace", thresholds if segments > 1 else ())
         known: dict[int, SamplingParams] = {}
         for number, job in enumerate(jobs):
             params = known.setdefault(job.output, replace(self.params, max_tokens=job.output))
             request = Request(f"{number}", (0,) * job.prompt, params, rule, number, frozenset(), segments, number)
+            request.run_ahead = run_ahead if segments > 1 else "off"
             yield job.arrival, request
 
 
@@ -73,9 +81,10 @@ def run(scenario: Scenario, policies: Sequence[str], jobs: Sequence[Job], config
     layers = list(accumulate(scenario.lengths))
     cells = []
     for policy in policies:
-        engine = scenario.engine(policy, replace(config, policy=policy), len(jobs))
+        own = replace(config, **policy_settings(policy))
+        engine = scenario.engine(policy, own, len(jobs))
         cell = Cell(policy, config.max_num_seqs, engine, closed=not any(job.arrival for job in jobs))
-        cell.run(scenario.requests(jobs, engine.scheduler.segments))
+        cell.run(scenario.requests(jobs, engine.scheduler.segments, own.run_ahead))
         cells.append(cell)
     return {
         "machine": {"cpu": scenario.profile.source, "device": scenario.profile.source, "cores": None, "threads": None},
@@ -93,26 +102,6 @@ def run(scenario: Scenario, policies: Sequence[str], jobs: Sequence[Job], config
         },
         "runs": summarise(cells, layers),
     }
-
-
-def merged(profile: Profile) -> Profile:
-    """The costs of all segments as one, with the final head only: full depth in one pass."""
-    counts = sorted({count for cost in profile.segments for count in cost.rows.counts})
-    at = np.array(counts)
-    rows = np.sum([cost.rows.at(at) for cost in profile.segments], axis=0)
-    return Profile(
-        (
-            SegmentCost(
-                Curve(tuple(counts), tuple(map(float, rows))),
-                profile.segments[-1].head,
-                sum(cost.span for cost in profile.segments),
-                sum(cost.entry for cost in profile.segments),
-                0.0,
-            ),
-        ),
-        profile.threads,
-        profile.source,
-    )
 
 
 def read_depths(path: str | Path, layers: Sequence[int]) -> list[list[int]]:
@@ -140,6 +129,24 @@ def read_depths(path: str | Path, layers: Sequence[int]) -> list[list[int]]:
     if not found:
         raise ValueError(f"{path} has no tokens")
     return found
+
+
+def read_confidences(path: str | Path, exits: int) -> RecordedConfidences:
+    """What `drex evaluate --confidences` wrote: JSON lines, a sequence each.
+
+    Raises:
+        ValueError: a file that can't be read, or one of a model with another number of exit points.
+    """
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        confidences = np.concatenate([np.array(line["confidences"], dtype=np.float64) for line in lines], axis=1)
+        right = np.concatenate([np.array(line["right"], dtype=np.bool_) for line in lines], axis=1)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        remedy = "give what drex evaluate --confidences wrote"
+        raise ValueError(f"{path} can't be read as recorded confidences ({error!r}): {remedy}") from error
+    if len(confidences) != exits:
+        raise ValueError(f"{path} has confidences of {len(confidences)} exit points, and --exits names {exits}")
+    return RecordedConfidences(confidences, right)
 
 
 def segment_lengths(exits: Sequence[int], layers: int) -> tuple[int, ...]:

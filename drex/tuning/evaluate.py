@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from drex.checkpoint import read_early_exit, write_early_exit
 from drex.config import EarlyExit
@@ -65,6 +66,30 @@ def evaluate(llm: LLM, sequences: Sequence[Sequence[int]], thresholds: Iterable[
     for threshold in thresholds:
         out.append(_quality(threshold, llm.score(sequences, early_exit=EarlyExit(thresholds=threshold)), full, layers))
     return out
+
+
+def confidences(llm: LLM, sequences: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """What each exit point says at each position, teacher-forced, and whether its token is full depth's.
+
+    Args:
+        llm: an engine with exit points.
+        sequences: token ids, each of at least 2.
+
+    Returns:
+        For each sequence, `confidences` and `right`, lists an exit point, with an entry for every token but the first.
+    """
+    full = llm.score(sequences)
+    # A threshold of 0 lets everything out there.
+    alone = [
+        llm.score(sequences, early_exit=EarlyExit(layers=[layer], thresholds=0.0)) for layer in llm.model.exits.layers
+    ]
+    return [
+        {
+            "confidences": [[round(c, 4) for c in scored.confidences] for scored in exits],
+            "right": [[int(a == b) for a, b in zip(scored.best, whole.best, strict=True)] for scored in exits],
+        }
+        for whole, *exits in zip(full, *alone, strict=True)
+    ]
 
 
 def _quality(threshold: float | None, scored: Sequence[Scored], full: Sequence[Scored], layers: int) -> Quality:

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn
 
 from drex.compute.device import device_name
 from drex.compute.segments import SegmentRunner
 from drex.config import EngineConfig, ExitRule
-from drex.control.plan import Draws, Evaluation, Pass, Rows, Run, Span
+from drex.control.plan import Contexts, Draws, Evaluations, IntArray, Pass, Rows, ragged
 from drex.control.profile import Curve, Profile, SegmentCost
 from drex.request import SamplingParams
 
@@ -29,7 +30,6 @@ CONTEXT = 48
 LONG_CONTEXT = 8
 """How many times as long the contexts are that tell what an entry costs."""
 TINY = 1e-7
-NO_ROWS = Rows((), (), (), ())
 
 
 class Profiler:
@@ -46,7 +46,7 @@ class Profiler:
         self.runner, self.config, self.kv_fill = runner, config, kv_fill
         self.layout = runner.layout
         params = SamplingParams(temperature=0.0)
-        self._draws = Draws(rule, params, 0, 0, (0,) * config.max_model_len, 0)
+        self._draws = Draws("", rule, params, 0, 0, (0,) * config.max_model_len, 0)
 
     def measure(self, *, progress: bool = False) -> Profile:
         """All segments, with the number of threads that torch has now."""
@@ -96,7 +96,7 @@ class Profiler:
 
     def _head(self, segment: int, rows: int) -> float:
         """Evaluations of so many rows."""
-        decoder, ask = self.runner.decoder, [self._evaluation(0, 0)] * rows
+        decoder, ask = self.runner.decoder, self._evaluations(np.arange(rows))
         hidden = torch.zeros(rows, decoder.spec.hidden_size, device=decoder.device, dtype=decoder.dtype)
         return self._time(lambda: self.runner.evaluate(segment, hidden, hidden, ask))
 
@@ -129,52 +129,41 @@ class Profiler:
 
     def _decode(self, segment: int, rows: int, context: int, asked: int, fills: int = 0) -> Pass:
         """Rows of as many requests, the first `asked` of them evaluated, the first `fills` with a K/V-only row."""
-        spans = []
-        for number in range(rows):
-            full = self._rows(segment, context - 1, context, number * context, number)
-            fill = self._rows(segment, context - 1, context, number * context, rows + number)
-            runs = self._runs(segment, number * context, context)
-            evaluations = [self._evaluation(0, context - 1)] if number < asked else []
-            tokens = [number] if segment == 0 else []
-            fill = fill if number < fills else NO_ROWS
-            spans.append(Span(f"{number}", context - 1, context, tokens, full, fill, runs, evaluations))
-        return Pass(0, segment, spans)
+        stops = np.full(rows, context)
+        return self._pass(segment, stops - 1, stops, np.arange(rows) * context, np.arange(asked), fills)
 
     def _prompt(self, segment: int, rows: int) -> Pass:
         """Rows of one request from its start; in chunks of the longest request where there are more rows than that."""
-        spans, left, start = [], rows, 0
-        while left:
-            count = min(left, self.config.max_model_len)
-            full = self._rows(segment, 0, count, start, start)
-            last = left == count
-            evaluations = [self._evaluation(count - 1, count - 1)] if last else []
-            tokens = [0] * count if segment == 0 else []
-            runs = self._runs(segment, start, count)
-            spans.append(Span(f"{start}", 0, count, tokens, full, NO_ROWS, runs, evaluations))
-            left, start = left - count, start + count
-        return Pass(0, segment, spans)
+        longest = self.config.max_model_len
+        stops = np.array([longest] * (rows // longest) + ([rows % longest] if rows % longest else []))
+        return self._pass(segment, np.zeros_like(stops), stops, stops.cumsum() - stops, np.array([rows - 1]), 0)
 
-    def _rows(self, segment: int, first: int, stop: int, cell: int, arena: int) -> Rows:
-        """Positions first … stop - 1 of a request whose cells start at `cell` of each part."""
-        positions = range(first, stop)
-        room = self._room(segment)
-        cells = tuple(
-            range(part * room + cell + first, part * room + cell + stop) for part in range(self.layout.parts(segment))
+    def _pass(
+        self, segment: int, starts: IntArray, stops: IntArray, cells: IntArray, asked: IntArray, fills: int
+    ) -> Pass:
+        """Spans [start, stop) of requests whose cells start at `cells` of each part; `asked` of their rows."""
+        span, positions = ragged(starts, stops)
+        parts = np.arange(self.layout.parts(segment))[:, None] * self._room(segment)
+        arena = np.arange(len(positions) + fills) % max(1, len(self.runner.arena))
+        where = parts + cells[span] + positions
+        return Pass(
+            number=0,
+            segment=segment,
+            starts=starts,
+            stops=stops,
+            sizes=stops - starts,
+            full=Rows(positions, arena[: len(positions)], where),
+            visible=positions + 1,
+            tokens=np.zeros(len(positions) if segment == 0 else 0, dtype=np.int64),
+            fill=Rows(positions[:fills], arena[len(positions) :], where[:, :fills]),
+            context=Contexts(stops, parts + cells, {}),
+            evaluations=self._evaluations(asked),
         )
-        capacity = max(1, len(self.runner.arena))
-        return Rows(
-            positions,
-            [(arena + i) % capacity for i in range(len(positions))],
-            cells,
-            range(first + 1, stop + 1),
-        )
 
-    def _runs(self, segment: int, cell: int, length: int) -> tuple[Run, ...]:
-        room = self._room(segment)
-        return tuple(Run(part * room + cell, length) for part in range(self.layout.parts(segment)))
-
-    def _evaluation(self, row: int, position: int) -> Evaluation:
-        return Evaluation(row, position, 1.0, self._draws, (0, 0))
+    def _evaluations(self, rows: IntArray) -> Evaluations:
+        count = len(rows)
+        agreeing = np.zeros((2, count), dtype=np.int64)
+        return Evaluations(rows, np.zeros_like(rows), np.ones(count), [self._draws] * count, agreeing, {}, {})
 
     # Time
 

@@ -6,13 +6,15 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from drex.config import EngineConfig, ExitRule
-from drex.control.buffer import since
 from drex.control.cost import CostModel, Load
-from drex.control.plan import Evaluation, Pass, PassResult, Verdict
+from drex.control.plan import Evaluations, Pass, PassResult, Verdicts
 from drex.control.profile import Curve, Profile, SegmentCost, nominal
 from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
+from drex.control.standing import Standing
 from drex.request import Request, SamplingParams
 
 COUNTS = tuple(float(2**k) for k in range(13))
@@ -66,17 +68,25 @@ class Machine:
         return touched
 
     def execute(self, batch: Pass) -> PassResult:
-        return PassResult(
-            tuple(
-                tuple(self.verdict(span.request_id, batch.segment, e) for e in span.evaluations) for span in batch.spans
-            )
-        )
+        exits = self.exits(batch.evaluations, batch.segment)
+        return PassResult(made_up(batch.evaluations, np.where(exits, 0.75, 0.25), exits))
 
-    def verdict(self, name: str, segment: int, evaluation: Evaluation) -> Verdict:
-        drawn = random.Random(f"{name}/{evaluation.position}/{segment}").random()
-        exits = evaluation.threshold is not None and drawn < self.exit_rate
-        confidence = 0.75 if exits else 0.25
-        return Verdict(5, -1.0, confidence, exits, (5, 1), ())
+    def exits(self, asked: Evaluations, segment: int) -> np.ndarray:
+        where = zip(asked.draws, asked.positions.tolist(), strict=True)
+        drawn = np.array([random.Random(f"{d.request_id}/{p}/{segment}").random() for d, p in where])
+        return ~np.isnan(asked.thresholds) & (drawn < self.exit_rate)
+
+
+def made_up(asked: Evaluations, confidences: np.ndarray, exits: np.ndarray) -> Verdicts:
+    """Verdicts with these confidences and exits; every token is 5."""
+    fives = np.full(len(asked), 5)
+    agreeing = np.stack((fives, np.ones_like(fives)))
+    return Verdicts(fives, np.full(len(asked), -1.0), confidences, exits, agreeing, {})
+
+
+def names(batch: Pass, scheduler: Scheduler) -> list[str]:
+    """The requests of an outstanding pass."""
+    return [scheduler.seats[seat].request_id for seat in scheduler.work(batch).spans.tolist()]
 
 
 def drain(scheduler: Scheduler, machine: Machine) -> dict[str, int]:
@@ -86,9 +96,10 @@ def drain(scheduler: Scheduler, machine: Machine) -> dict[str, int]:
         batch = scheduler.next(machine.now)
         if batch is None:
             return waits
-        for segment, buffer in enumerate(scheduler.standing.buffers):
-            for each in buffer:
-                waits[each.request_id] = max(waits.get(each.request_id, 0), batch.number - since(each))
+        for segment, buffer in enumerate(Standing.of(scheduler.seats).buffers):
+            for seat in buffer.tolist():
+                name = scheduler.seats[seat].request_id
+                waits[name] = max(waits.get(name, 0), batch.number - int(scheduler.seats.since[seat]))
             assert segment or not len(buffer)
         machine.finish(scheduler, batch)
         scheduler.check_integrity()

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import SHAPES, Machine, make_scheduler, profile, request
+from helpers import SHAPES, Machine, make_scheduler, names, profile, request
 
 from drex.config import EngineConfig
 from drex.control.cost import CostModel
-from drex.control.deadlines import CHUNK_FLOOR, Deadlines, tightest_tpot
-from drex.control.plan import Evaluation, Verdict
+from drex.control.deadlines import CHUNK_FLOOR, Deadlines, pace
+from drex.control.plan import Evaluations
 from drex.control.profile import Curve, Profile, SegmentCost
 from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
-from drex.request import Request
+from drex.request import Request, SamplingParams
 
 EPSILON = 1e-9
 
@@ -114,7 +114,7 @@ def test_without_targets_nothing_is_due() -> None:
     deadlines, each = Deadlines(None), request(0, 3, 8, 2)
     each.tokens.append(7)
     deadlines.emitted(each, 1e6, 0.1)
-    deadlines.buffered(each, 1e7, 1e3)
+    deadlines.buffered(np.array([each.due]), 1e7, 1e3)
     assert (each.due, deadlines.late, deadlines.infeasible) == (math.inf, 0, 0)
 
 
@@ -122,16 +122,16 @@ def test_a_row_that_could_not_be_in_time_when_it_was_buffered_is_counted() -> No
     deadlines, each = Deadlines(None), request(0, 3, 8, 2, itl_ms=50.0)
     each.tokens.append(7)
     deadlines.emitted(each, 1.0, 0.1)
-    deadlines.buffered(each, 1.02, 0.02)
+    deadlines.buffered(np.array([each.due, math.inf]), 1.02, 0.02)
     assert deadlines.infeasible == 0
-    deadlines.buffered(each, 1.02, 0.04)
+    deadlines.buffered(np.array([each.due, math.inf]), 1.02, 0.04)
     assert deadlines.infeasible == 1
 
 
-def test_the_tightest_target_is_the_smallest_of_any_kind_per_token() -> None:
-    assert tightest_tpot([]) == tightest_tpot(several(2, 2, ttft_ms=1.0)) == math.inf
-    mixed = [request(0, 3, 8, 2, tpot_ms=80.0), request(1, 3, 8, 2), request(2, 3, 8, 2, itl_ms=60.0, tpot_ms=90.0)]
-    assert tightest_tpot(mixed) == pytest.approx(0.06)
+def test_the_pace_of_a_request_is_the_smallest_of_its_targets_per_token() -> None:
+    assert pace(SamplingParams()) == pace(SamplingParams(ttft_ms=1.0)) == math.inf
+    assert pace(SamplingParams(tpot_ms=80.0)) == pytest.approx(0.08)
+    assert pace(SamplingParams(itl_ms=60.0, tpot_ms=90.0)) == pytest.approx(0.06)
 
 
 # Targets of requests, met
@@ -245,9 +245,9 @@ def test_the_bound_on_slowdown_holds_for_each_request_against_full_depth(
 class OneIsNeverSure(Machine):
     """The first request never exits; the others do as they do."""
 
-    def verdict(self, name: str, segment: int, evaluation: Evaluation) -> Verdict:
-        found = super().verdict(name, segment, evaluation)
-        return found if name != "r0" else found._replace(exited=False, confidence=0.25)
+    def exits(self, asked: Evaluations, segment: int) -> np.ndarray:
+        others = np.array([draws.request_id != "r0" for draws in asked.draws], dtype=np.bool_)
+        return super().exits(asked, segment) & others
 
 
 @pytest.mark.parametrize("shape", ["weight_bound", "stepped"])
@@ -277,10 +277,12 @@ def chunks(most: int, tpot_ms: float | None) -> tuple[list[int], Served]:
         machine.run(scheduler)
     scheduler.add(coming, machine.now)
     while not coming.num_output:
-        batch = machine.run(scheduler)
+        batch = scheduler.next(machine.now)
         assert batch is not None
-        if batch.segment == 0:
-            found += [span.stop - span.start for span in batch.spans if span.request_id == coming.request_id]
+        sizes = dict(zip(names(batch, scheduler), (batch.stops - batch.starts).tolist(), strict=True))
+        if batch.segment == 0 and coming.request_id in sizes:
+            found.append(sizes[coming.request_id])
+        machine.finish(scheduler, batch)
     assert sum(found) == 600
     return found, Served(scheduler, [running, coming], {})
 

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import Machine, make_scheduler, profile, request
 
 from drex.config import POLICIES, EngineConfig
 from drex.control.cost import CostModel, Load
-from drex.control.plan import Draws, Evaluation, Pass, Verdict
+from drex.control.plan import Pass
 from drex.control.policies import POLICIES as CLASSES
-from drex.control.policies import PROBE_EVERY, Choice, Split, View
+from drex.control.policies import PROBE_EVERY, Checks, Choice, Split, View
 from drex.control.profile import Curve, Profile, SegmentCost
 from drex.control.slots import SlotLayout
 from drex.request import Request
@@ -32,14 +33,13 @@ def make_policy(name: str, segments: int = 2, made: Profile | None = None, **cha
     return CLASSES[name](config(name, **changes), cost, "recompute")
 
 
-def checks(*confidences: float, thresholds: Sequence[float] | None = None) -> list[tuple[Evaluation, Verdict]]:
-    each = request(0, 3, 8, 2)
-    draws: Draws = each.draws
-    limits = thresholds or [THRESHOLD] * len(confidences)
-    return [
-        (Evaluation(0, 3, limit, draws, (0, 0)), Verdict(5, -1.0, c, c >= limit, (5, 1), ()))
-        for c, limit in zip(confidences, limits, strict=True)
-    ]
+def checks(*confidences: float, thresholds: Sequence[float] | None = None) -> Checks:
+    said, limits = np.array(confidences), np.array(thresholds or [THRESHOLD] * len(confidences))
+    return Checks(said, limits, said >= limits)
+
+
+def exiting(policy: Split, said: Checks) -> list[bool]:
+    return policy.exits(0, said).tolist()
 
 
 def view(*live: int, **changes: Any) -> View:
@@ -71,23 +71,23 @@ MIXED, ALL, NONE = (0.9, 0.1, 0.6, 0.2), (0.9, 0.5, 0.7), (0.1, 0.49)
 @pytest.mark.parametrize("name", ["drex", "split"])
 def test_each_row_goes_by_its_own_confidence(name: str) -> None:
     policy = make_policy(name)
-    assert policy.exits(0, checks(*MIXED)) == [True, False, True, False]
-    assert policy.exits(0, checks(0.5)) == [True]
+    assert exiting(policy, checks(*MIXED)) == [True, False, True, False]
+    assert exiting(policy, checks(0.5)) == [True]
 
 
 @pytest.mark.parametrize("name", BATCHWISE)
 def test_where_all_agree_the_batch_does_what_each_of_them_would(name: str) -> None:
-    assert make_policy(name).exits(0, checks(*ALL)) == [True] * 3
-    assert make_policy(name).exits(0, checks(*NONE)) == [False] * 2
+    assert exiting(make_policy(name), checks(*ALL)) == [True] * 3
+    assert exiting(make_policy(name), checks(*NONE)) == [False] * 2
 
 
 def test_consensus_exits_only_together() -> None:
-    assert make_policy("consensus").exits(0, checks(0.9, 0.9, 0.49)) == [False] * 3
+    assert exiting(make_policy("consensus"), checks(0.9, 0.9, 0.49)) == [False] * 3
 
 
 def test_one_confident_row_is_enough_for_greedy_and_latency_only() -> None:
     for name in ("greedy", "latency_only"):
-        assert make_policy(name).exits(0, checks(0.1, 0.5, 0.1, 0.1)) == [True] * 4
+        assert exiting(make_policy(name), checks(0.1, 0.5, 0.1, 0.1)) == [True] * 4
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_one_confident_row_is_enough_for_greedy_and_latency_only() -> None:
     ],
 )
 def test_majority_goes_by_the_median_confidence(confidences: tuple[float, ...], exits: bool) -> None:
-    assert make_policy("majority").exits(0, checks(*confidences)) == [exits] * len(confidences)
+    assert exiting(make_policy("majority"), checks(*confidences)) == [exits] * len(confidences)
 
 
 def test_majority_measures_each_row_from_its_own_threshold() -> None:
     # Above by 0.1, above by 0.05, below by 0.5.
-    found = make_policy("majority").exits(0, checks(0.3, 0.95, 0.2, thresholds=[0.2, 0.9, 0.7]))
+    found = exiting(make_policy("majority"), checks(0.3, 0.95, 0.2, thresholds=[0.2, 0.9, 0.7]))
     assert found == [True] * 3
 
 
@@ -122,7 +122,7 @@ def test_art_rebatches_where_more_than_the_cost_of_it_exit(shape: str, rows: int
     share = (shallow + deep - whole) / deep
     assert 0 < share < 1
     for confident in range(rows + 1):
-        found = policy.exits(0, checks(*[0.9] * confident, *[0.1] * (rows - confident)))
+        found = exiting(policy, checks(*[0.9] * confident, *[0.1] * (rows - confident)))
         expected = [True] * confident + [False] * (rows - confident) if confident > share * rows else [False] * rows
         assert found == expected
 
@@ -138,7 +138,7 @@ def test_art_rebatches_at_the_same_share_on_a_machine_that_is_slower_than_its_pr
     slower.rule.tick(0, rows, 0.0)
     for confident in range(rows + 1):
         mixed = checks(*[0.9] * confident, *[0.1] * (rows - confident))
-        assert slow.exits(0, mixed) == slower.exits(0, mixed), confident
+        assert exiting(slow, mixed) == exiting(slower, mixed), confident
 
 
 # Which segment runs next
@@ -214,7 +214,7 @@ def test_art_goes_on_at_once_with_a_batch_that_it_does_not_split() -> None:
     policy = make_policy("art")
     policy.rule.tick(0, 16, 64.0)
     assert policy.choose(view(4, ready=12, decoding=16)) == Choice(0, 12)
-    assert policy.exits(0, checks(*[0.1] * 12)) == [False] * 12
+    assert exiting(policy, checks(*[0.1] * 12)) == [False] * 12
     assert policy.choose(view(12, ready=4, decoding=16)) == Choice(1)
     assert policy.choose(view(4, ready=12, decoding=16)) == Choice(0, 12)
 
@@ -305,9 +305,15 @@ def test_a_batch_stays_together(policy: str) -> None:
     }
     decided = 0
     for batch in served.passes:
-        asked = [(s.request_id, e.position) for s in batch.spans for e in s.evaluations if e.threshold is not None]
-        assert len({exited[row] for row in asked}) <= 1
-        decided += len(asked)
+        asked = batch.evaluations
+        names = [draws.request_id for draws in asked.draws]
+        rows = [
+            (name, position)
+            for name, position, threshold in zip(names, asked.positions.tolist(), asked.thresholds, strict=True)
+            if not math.isnan(threshold)
+        ]
+        assert len({exited[row] for row in rows}) <= 1
+        decided += len(rows)
     assert decided == 6 * 19
 
 
@@ -322,7 +328,7 @@ def test_latency_only_has_all_rows_deep_before_the_next_shallow_pass(fill: str, 
     while (batch := scheduler.next(machine.now)) is not None:
         if batch.segment == 0:
             for each in scheduler.running:
-                assert len(set(each.frontiers)) == 1
+                assert len(set(scheduler.seats.reached[1:, each.seat].tolist())) == 1
         machine.finish(scheduler, batch)
     early = sum(record.depth == 1 for each in requests for record in each.records)
     assert 0 < early < sum(len(each.records) for each in requests)
@@ -347,7 +353,7 @@ def adaptive_run(adaptive: bool, rate: float, made: Profile, count: int = 4) -> 
     while (batch := machine.run(scheduler)) is not None:
         if batch.segment == 0 and batch.number > 2 * PROBE_EVERY:
             shallow += 1
-            if any(span.evaluations for span in batch.spans):
+            if len(batch.evaluations):
                 checked.append(batch.number)
     return scheduler.unchecked, checked, shallow
 

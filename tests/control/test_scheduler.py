@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers import Machine, drain, make_scheduler, request
+from helpers import Machine, drain, make_scheduler, names, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,7 +112,7 @@ def test_outstanding_rows_are_neither_selected_again_nor_freed_by_an_abort() -> 
     scheduler.add(second, 0.0)
     beside = scheduler.next(0.0)
     assert beside is not None
-    assert [span.request_id for span in beside.spans] == [second.request_id]
+    assert names(beside, scheduler) == [second.request_id]
     machine = Machine(0.5)
     assert machine.finish(scheduler, batch) == [first]
     assert first.finish_reason is FinishReason.ABORT
@@ -128,7 +128,7 @@ def test_a_failed_pass_ends_its_requests_and_no_others() -> None:
     scheduler.add(second, 0.0)
     batch = scheduler.next(0.0)
     assert batch is not None
-    assert Machine(0.5).finish(scheduler, batch, PassResult((), RuntimeError("broken"))) == [first]
+    assert Machine(0.5).finish(scheduler, batch, PassResult(None, RuntimeError("broken"))) == [first]
     assert first.finish_reason is FinishReason.ERROR
     drain(scheduler, Machine(0.5))
     assert second.finish_reason is FinishReason.LENGTH
@@ -141,7 +141,8 @@ def test_owed_fills_are_bounded() -> None:
         scheduler.add(request(i, 2, 40, 2), 0.0)
     machine, most = Machine(1.0), 0
     while machine.run(scheduler):
-        owed = sum(r.frontiers[0] - r.frontiers[1] for r in scheduler.running if r.num_output)
+        frontiers = scheduler.seats.reached[1:]
+        owed = sum(int(frontiers[0, r.seat] - frontiers[1, r.seat]) for r in scheduler.running if r.num_output)
         most = max(most, owed)
     # One pass over segment 0 may take it past the bound by a row a request.
     assert 6 <= most <= 6 + 4
@@ -156,8 +157,9 @@ def test_aliased_and_masked_tokens_take_slots_where_they_were_executed_and_nowhe
     machine, seen = Machine(0.7), 0
     while machine.run(scheduler):
         if each.finish_reason is None and each.num_output:
-            executed = sum(sum(layout.lengths[:depth]) for depth in each.depths[: each.frontiers[1]])
-            live = each.frontiers[0] - each.frontiers[1]
+            shallow, deep = scheduler.seats.reached[1:, each.seat].tolist()
+            executed = sum(sum(layout.lengths[:depth]) for depth in each.depths[:deep])
+            live = shallow - deep
             assert scheduler.pool.in_use == executed + live * layout.lengths[0]
             seen += any(depth == 1 for depth in each.depths)
     assert seen

@@ -20,7 +20,7 @@ from markov import (
 )
 
 from drex.control.cost import CostModel
-from drex.control.profile import FloatArray
+from drex.control.plan import FloatArray
 from drex.control.solver import solve_one_exit, solve_two_exits
 from drex.control.yardstick import MOST_EXACT_TWO, mean_pass_seconds, measure
 

@@ -230,3 +230,16 @@ def test_tokens_do_not_depend_on_who_else_is_served(base: str, llm: LLM, streami
             return await asyncio.gather(*(one(client, number) for number in range(64)))
 
     assert asyncio.run(all_of_them()) == expected
+
+
+def test_a_request_chooses_how_it_runs_ahead_and_lossless_is_full_depth(client: openai.OpenAI) -> None:
+    def text(**extra: Any) -> str:
+        settings = {"temperature": 0.9, "seed": 5, "max_tokens": 24}
+        said: str = client.completions.create(model=NAME, prompt=TEXT, extra_body=extra, **settings).choices[0].text
+        return said
+
+    assert text(run_ahead="trusted") == text(run_ahead="off")
+    assert text(run_ahead="lossless") == text(early_exit=False)
+    with pytest.raises(openai.BadRequestError) as refused:
+        text(run_ahead="always")
+    assert refused.value.param == "run_ahead"

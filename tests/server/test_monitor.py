@@ -50,6 +50,7 @@ def test_models_say_where_they_exit(client: openai.OpenAI) -> None:
         "criterion": "max_prob",
         "schedule": "constant",
         "kv_fill": "recompute",
+        "run_ahead": "trusted",
     }
     assert cards[0].max_model_len == 1024
 

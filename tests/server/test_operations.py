@@ -183,20 +183,20 @@ def test_a_client_that_goes_frees_what_it_held_at_once(server: Server, stream: b
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(server: Server, client: openai.OpenAI) -> None:
-    asked = {**LONG, "max_tokens": 400, "n": 8, "stream": True, "return_exit_layers": True, "logprobs": 5}
+    asked = {**LONG, "max_tokens": 300, "n": 4, "stream": True, "return_exit_layers": True, "logprobs": 5}
     body = json.dumps(asked).encode()
     with socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.connect(server.address)
         raw.sendall(head(len(body)) + body)
-        until(lambda: server.serving.unfinished == 8)
+        until(lambda: server.serving.unfinished == 4)
         assert client.completions.create(model=NAME, prompt="x", max_tokens=4).choices
         until(lambda: server.serving.unfinished == 0, 60)
         assert server.serving.llm.engine.scheduler.pool.in_use == 0
 
 
 def test_a_client_that_never_reads_is_cut_off_when_its_time_is_over(fresh: Callable[..., Any]) -> None:
-    with fresh(request_timeout=2.0) as server, socket.socket() as raw:
+    with fresh(request_timeout=1.0) as server, socket.socket() as raw:
         body = json.dumps({**LONG, "n": 4, "stream": True, "return_exit_layers": True, "logprobs": 20}).encode()
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.connect(server.address)
@@ -217,7 +217,7 @@ def test_a_pass_that_fails_is_an_error_for_those_in_it_and_nobody_else(
         whole = runner.run
 
         def failing(batch: Any) -> Any:
-            if any(13 in span.tokens for span in batch.spans):
+            if 13 in batch.tokens:
                 raise MemoryError("no memory")
             return whole(batch)
 

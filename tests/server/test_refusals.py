@@ -91,7 +91,6 @@ UNSUPPORTED: list[tuple[str, Any, list[Any]]] = [
     ("modalities", ["audio"], [None, ["text"]]),
     ("metadata", {"a": "b"}, [None, {}]),
     ("store", True, [None, False]),
-    ("run_ahead", True, [None, False]),
 ]
 
 

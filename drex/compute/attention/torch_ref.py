@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drex.compute.kv import KVPool
-from drex.control.plan import Context, Run, Span
+from drex.control.plan import Contexts, IntArray, Pass
 
 Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
@@ -22,44 +22,47 @@ Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 class _Reader:
     """One span's part: its rows in the queries, what they see, and its K/V by part.
 
-    `parts` has, for each part, either (keys, values), each a view a plane of shape (1, kv_heads, entries, head_dim), or
-    (entries, own) to gather from.
+    `parts` has, for each part, either (keys, values), each a view a plane of shape (1, kv_heads, entries, head_dim),
+    where the entries lie in one `run`; or (entries, own) to gather from.
     """
 
     start: int
     stop: int
     mask: Tensor | None
     parts: tuple[Views | tuple[Tensor, Tensor], ...]
-    runs: tuple[bool, ...]
+    run: bool
 
 
 class TorchAttention:
-    """Attention of one pass: built from its spans, then called once a layer.
+    """Attention of one pass: built once, then called once a layer.
 
     Args:
         pool: K/V memory.
-        spans: of the pass; their full rows lie one after the other in the queries.
+        batch: the pass; the full rows of its spans lie one after the other in the queries.
         heads, kv_heads: of the decoder.
     """
 
-    def __init__(self, pool: KVPool, spans: Sequence[Span], heads: int, kv_heads: int) -> None:
+    def __init__(self, pool: KVPool, batch: Pass, heads: int, kv_heads: int) -> None:
         self.pool, self.heads, self.kv_heads = pool, heads, kv_heads
         self._readers: list[_Reader] = []
-        start = 0
-        for span in spans:
-            if not span.full.size:
-                continue
-            stop = start + span.full.size
-            runs = tuple(isinstance(context, Run) for context in span.context)
-            parts = tuple(self._part(context) for context in span.context)
-            self._readers.append(_Reader(start, stop, _mask(span, pool.keys.device), parts, runs))
-            start = stop
+        lengths, starts = batch.context.lengths.tolist(), batch.context.starts.T.tolist()
+        row = 0
+        for span, (size, length) in enumerate(zip(batch.sizes.tolist(), lengths, strict=True)):
+            if size:
+                run = span not in batch.context.scattered
+                parts = self._runs(starts[span], length) if run else self._scattered(batch.context, span)
+                mask = _mask(batch.visible[row : row + size], length, pool.keys.device)
+                self._readers.append(_Reader(row, row + size, mask, parts, run))
+                row += size
 
-    def _part(self, context: Context) -> Views | tuple[Tensor, Tensor]:
-        if isinstance(context, Run):
-            return _views(self.pool.keys, context), _views(self.pool.values, context)
+    def _runs(self, starts: Sequence[int], length: int) -> tuple[Views, ...]:
+        return tuple((_views(self.pool.keys, s, length), _views(self.pool.values, s, length)) for s in starts)
+
+    def _scattered(self, context: Contexts, span: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        cells, aliased = context.scattered[span]
         device = self.pool.keys.device
-        return torch.from_numpy(context.entries).to(device), torch.from_numpy(~context.aliased).to(device)
+        own = torch.from_numpy(~aliased).to(device)
+        return tuple((part, own) for part in torch.from_numpy(cells).to(device).unbind(0))
 
     def forward(self, part: int, plane: int, queries: Tensor) -> Tensor:
         """Shapes: queries (rows, heads, head_dim) -> (rows, heads * head_dim)."""
@@ -83,7 +86,7 @@ class TorchAttention:
 
     def _keys_values(self, reader: _Reader, part: int, plane: int) -> tuple[Tensor, Tensor]:
         first, second = reader.parts[part]
-        if reader.runs[part]:
+        if reader.run:
             return first[plane], second[plane]
         assert isinstance(first, Tensor)
         assert isinstance(second, Tensor)
@@ -93,25 +96,25 @@ class TorchAttention:
         return k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
 
 
-def _views(memory: Tensor, run: Run) -> tuple[Tensor, ...]:
-    """A run's entries at every plane, each (1, kv_heads, entries, head_dim), made in one step.
+def _views(memory: Tensor, start: int, length: int) -> tuple[Tensor, ...]:
+    """Entries in consecutive cells at every plane, each (1, kv_heads, length, head_dim), made in one step.
 
     memory: (planes, cells, kv_heads, head_dim).
     """
     planes, _, kv_heads, head_dim = memory.shape
     plane, cell, head, _ = memory.stride()
-    size, stride = (planes, 1, kv_heads, run.length, head_dim), (plane, 0, head, cell, 1)
-    return memory.as_strided(size, stride, memory.storage_offset() + run.start * cell).unbind(0)
+    size, stride = (planes, 1, kv_heads, length, head_dim), (plane, 0, head, cell, 1)
+    return memory.as_strided(size, stride, memory.storage_offset() + start * cell).unbind(0)
 
 
-def _mask(span: Span, device: torch.device) -> Tensor | None:
+def _mask(visible: IntArray, entries: int, device: torch.device) -> Tensor | None:
     """Which entries each row sees, (1, 1, rows, entries).
 
     None where one row sees all of them, or where the rows are all the entries, so that plain causal attention serves.
     """
-    entries, rows, visible = span.context[0].length, span.full.size, span.full.visible
-    sees_all = rows == 1 and visible[0] == entries
-    if sees_all or (rows == entries and visible[0] == 1):
+    rows, first = len(visible), visible[0]
+    sees_all = rows == 1 and first == entries
+    if sees_all or (rows == entries and first == 1):
         return None
-    limits = torch.tensor(list(visible), device=device)
+    limits = torch.from_numpy(visible).to(device)
     return (torch.arange(entries, device=device)[None] < limits[:, None])[None, None]

@@ -1,0 +1,86 @@
+"""How well the simulator predicts a real run: the same requests and exits, costs from the profile alone.
+
+OMP_WAIT_POLICY=passive python bench/prediction.py --json prediction.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from drex.bench import machine
+from drex.bench.bench import Workload, random_prompts
+from drex.bench.runner import Cell
+from drex.bench.subject import Subject, synthetic
+from drex.config import EngineConfig
+from drex.control.cost import CostModel
+from drex.control.scheduler import Scheduler
+from drex.engine.engine import Engine
+from drex.request import SamplingParams
+from drex.sim.executor import VirtualExecutor
+from drex.sim.workload import draw_jobs
+
+PROMPTS, OUTPUTS = (8, 32), (16, 48)
+console = Console(width=160)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-160m", help="a shape of drex.sim.shapes")
+    parser.add_argument("--exit-rate", type=float, default=0.6)
+    parser.add_argument("--in-flight", default="1,4,16,32")
+    parser.add_argument("--policies", default="full,split,drex")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def predicted(subject: Subject, policy: str, count: int, work: Workload, turns: int) -> float:
+    """Tokens a second of the same turns in virtual time."""
+    real = subject.engine(policy, count).scheduler
+    profile = subject.profiles[real.segments]
+    scheduler = Scheduler(real.config, real.layout, real.placement.kv_fill, CostModel(profile))
+    cell = Cell(policy, count, Engine(scheduler, VirtualExecutor(CostModel(profile))))
+    for turn in range(turns):
+        cell.run(work.requests(subject, cell.engine, turn))
+    return statistics.median(cell.speeds[1:])
+
+
+def main() -> None:
+    """Run, print, write."""
+    options = arguments()
+    counts = [int(count) for count in options.in_flight.split(",")]
+    longest = PROMPTS[1] + OUTPUTS[1]
+    config = EngineConfig(max_model_len=longest, max_num_seqs=max(counts), kv_cache_tokens=max(counts) * longest)
+    subject = synthetic(options.shape, None, [options.exit_rate], "recompute", options.dtype, config)
+    table = Table("N", "policy", "measured tok/s", "predicted", "off by", title=f"{subject.name}, {subject.label}")
+    found: list[dict[str, Any]] = []
+    for count in counts:
+        jobs = draw_jobs(max(6, 3 * count), PROMPTS, OUTPUTS, seed=count)
+        prompts = random_prompts(subject.model.decoder.spec.vocab_size, len(jobs), PROMPTS[1])
+        work = Workload(prompts, jobs, SamplingParams(temperature=0.0, ignore_eos=True), "closed")
+        for policy in options.policies.split(","):
+            cell = Cell(policy, count, subject.engine(policy, count))
+            # The first turn warms up.
+            for turn in range(options.repeats + 1):
+                cell.run(work.requests(subject, cell.engine, turn))
+            measured = statistics.median(cell.speeds[1:])
+            said = predicted(subject, policy, count, work, options.repeats + 1)
+            found.append({"in_flight": count, "policy": policy, "measured": measured, "predicted": said})
+            table.add_row(str(count), policy, f"{measured:.1f}", f"{said:.1f}", f"{said / measured - 1:+.1%}")
+    console.print(table)
+    if options.json:
+        report = {"benchmark": "prediction", **machine.describe(), "label": subject.label, "runs": found}
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

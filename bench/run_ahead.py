@@ -1,0 +1,160 @@
+"""What run-ahead gains: full depth, rebatching, trusted and lossless run-ahead, in turns, while all N decode.
+
+    OMP_WAIT_POLICY=passive python bench/run_ahead.py --json run_ahead.json
+    OMP_WAIT_POLICY=passive python bench/run_ahead.py --shape bundled
+
+By default passes run on random weights of a real shape, and what its exit point says is replayed from the bundled
+model's first exit on held-out text: real confidences, and whether each token was the one of full depth. The window that
+counts begins when all N have a token, and ends with the first that is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from optimum import rate
+from rich.console import Console
+from rich.table import Table
+
+from drex.bench import machine
+from drex.bench.bench import Workload, random_prompts
+from drex.bench.runner import Cell, while_all_decode
+from drex.bench.subject import Subject, held_out_prompts, synthetic, trained
+from drex.bench.traced import Traced
+from drex.bench.yardsticks import yardstick
+from drex.config import EngineConfig
+from drex.llm import LLM
+from drex.request import SamplingParams
+from drex.sim.executor import ExitSource, RecordedConfidences
+from drex.sim.workload import Job
+from drex.tuning.corpus import split_held_out, standard_library
+from drex.tuning.evaluate import confidences, held_out_blocks
+
+PROMPT = 8
+POLICIES = ("full", "drex", "drex+run-ahead", "drex+lossless+adaptive")
+console = Console(width=160)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-160m", help="a shape of drex.sim.shapes, or `bundled`")
+    parser.add_argument("--exit-layer", type=int, default=8, help="of the shape's layers")
+    parser.add_argument("--threshold", type=float, default=0.3, help="of the shape's exit")
+    parser.add_argument("--in-flight", default="1,4,8,16,32,64")
+    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--tokens", type=int, default=64, help="of each request; more at few in flight")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument(
+        "--trace-tokens", type=int, default=16384, help="held-out tokens whose confidences are recorded"
+    )
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def recorded(tokens: int) -> RecordedConfidences:
+    """The bundled model's first exit on the part of the standard library that training held out."""
+    llm = LLM(profile="nominal")
+    blocks = held_out_blocks(llm, split_held_out(standard_library(), 0.02)[1], tokens)
+    said = confidences(llm, blocks)
+    both = (np.concatenate([np.array(each[name][:1]) for each in said], axis=1) for name in ("confidences", "right"))
+    certain, right = both
+    return RecordedConfidences(certain.astype(np.float64), right.astype(np.bool_))
+
+
+def measure(subject: Subject, count: int, exits: ExitSource | None, options: argparse.Namespace) -> dict[str, Any]:
+    """All policies at one count in flight."""
+    tokens = max(options.tokens, 96 // count)
+    prompts = (
+        held_out_prompts(subject, PROMPT)
+        if exits is None
+        else random_prompts(subject.model.decoder.spec.vocab_size, 64, PROMPT)
+    )
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
+    work = Workload(prompts, [Job(PROMPT, tokens)] * count, params, "closed")
+    cells = [Cell(policy, count, subject.engine(policy, count)) for policy in options.policies.split(",")]
+    for cell in cells:
+        if exits is not None and cell.policy != "full":
+            cell.engine.executor = Traced(cell.engine.executor, exits, cell.engine.scheduler.segments)
+    speeds: dict[str, list[float]] = {cell.policy: [] for cell in cells}
+    for turn in range(options.repeats + 1):
+        for cell in cells:
+            passes = while_all_decode(cell.engine, work.requests(subject, cell.engine, turn), count)
+            # The first turn warms up costs, rates and acceptance.
+            if turn:
+                cell.history.extend(passes)
+                speeds[cell.policy].append(rate(passes))
+    found = yardstick([cell for cell in cells if cell.policy in ("full", "drex")])
+    assert found is not None
+    return {
+        "in_flight": count,
+        "tokens": tokens,
+        "theta_star": found.optimal,
+        "ideal": found.ideal,
+        "full": found.full,
+        "exit_rates": found.exit_rates,
+        "tokens_per_s": {name: statistics.median(each) for name, each in speeds.items()},
+        "each": speeds,
+        "drafts": {cell.policy: cell.engine.scheduler.drafts.report() for cell in cells if "+" in cell.policy},
+    }
+
+
+def show(title: str, found: list[dict[str, Any]]) -> None:
+    """A table: tokens a second, and times full depth's."""
+    names = list(found[0]["tokens_per_s"])
+    table = Table("N", "exit rates", "θ*", "ideal", *names, "accepted", "calibration error", title=title)
+    for each in found:
+        full = each["tokens_per_s"].get("full", each["full"])
+        drafts = each["drafts"].get("drex+run-ahead") or {}
+        verified = drafts.get("verified")
+        table.add_row(
+            str(each["in_flight"]),
+            " ".join(f"{value:.2f}" for value in each["exit_rates"]),
+            *(f"{each[key] / full:.2f}" for key in ("theta_star", "ideal")),
+            *(f"{speed:.1f} ({speed / full:.2f})" for speed in each["tokens_per_s"].values()),
+            f"{drafts['accepted'] / verified:.2f}" if verified else "",
+            f"{drafts['calibration_error']:.3f}" if verified else "",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    """Run, print, write."""
+    options = arguments()
+    counts = [int(count) for count in options.in_flight.split(",")]
+    longest = PROMPT + max(options.tokens, 96)
+    config = EngineConfig(
+        max_model_len=longest,
+        max_num_seqs=max(counts),
+        kv_cache_tokens=max(count * (PROMPT + max(options.tokens, 96 // count)) for count in counts),
+    )
+    bundled = options.shape == "bundled"
+    exits = None if bundled else recorded(options.trace_tokens)
+    rates, layers = [1 - options.threshold], [options.exit_layer]
+    subject = (
+        trained(None, None, options.dtype, config)
+        if bundled
+        else synthetic(options.shape, layers, rates, "recompute", options.dtype, config)
+    )
+    label = subject.label if bundled else "random weights, confidences and acceptance of the bundled model's first exit"
+    found = []
+    for count in counts:
+        subject.config = replace(config, max_num_seqs=max(counts))
+        found.append(measure(subject, count, exits, options))
+        console.print(f"{count} in flight done", style="dim")
+    show(f"{subject.name} ({label}), tokens/s (times full depth)", found)
+    if options.json:
+        facts = {name: str(value) for name, value in vars(options).items()}
+        report = {"benchmark": "run_ahead", **machine.describe(), "label": label, "options": facts, "runs": found}
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Run-ahead in the simulator: full depth, rebatching, trusted and lossless, on a machine's data sheet.
+
+    python bench/simulated.py --shapes llama-2-13b,qwen2.5-14b --in-flight 1,4,16,64,256 --search 4,16,64
+
+What the exit point says is replayed from the bundled model's first exit on held-out text. With --search, the online
+rule is compared with the best of all fixed (flush size, least chance of a draft, cap on open rows).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from run_ahead import recorded
+
+from drex.bench import machine
+from drex.bench.runner import Cell, while_all_decode
+from drex.bench.yardsticks import yardstick
+from drex.config import EngineConfig, policy_settings
+from drex.control.flush import FlushRule, Waiting
+from drex.request import SamplingParams
+from drex.sim.machines import MACHINES, roofline
+from drex.sim.shapes import SHAPES
+from drex.sim.simulate import Scenario
+from drex.sim.workload import Job
+
+PROMPT, TOKENS = 16, 256
+POLICIES = ("full", "drex", "drex+run-ahead", "drex+lossless")
+SHARES = (0.25, 0.4, 0.55, 0.7, 0.85, 1.0)
+CHANCES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6)
+CAPS = (2, 4, 8)
+console = Console(width=160)
+
+
+class FixedRule(FlushRule):
+    """What is searched over: flushes at a fixed size of the buffer, or when fewer rows than so many are worth starting.
+
+    Rows are, from a fixed chance on.
+    """
+
+    flush_at, fewest, least = math.inf, 1, 0.0
+
+    def choose(self, waiting: Waiting) -> tuple[int, int] | None:
+        """As `FlushRule` does, by two numbers."""
+        live = sum(waiting.live)
+        ready = waiting.ready
+        if waiting.chances is not None:
+            ready = int((waiting.chances >= self.least).sum())
+        if ready >= self.fewest and live < self.flush_at:
+            return 0, ready
+        if live:
+            return max(segment for segment, count in enumerate(waiting.live) if count), 0
+        return (0, waiting.ready) if waiting.ready else None
+
+
+Fixed = tuple[float, int, float, int]
+"""Flush at, fewest, least chance, cap on open rows."""
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="llama-2-13b,qwen2.5-14b")
+    parser.add_argument("--machine", default="h200")
+    parser.add_argument("--threshold", type=float, default=0.3)
+    parser.add_argument("--in-flight", default="1,4,16,64,256")
+    parser.add_argument("--search", default="", help="counts in flight to search at, for the first shape")
+    parser.add_argument("--trace-tokens", type=int, default=16384)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def config_for(count: int) -> EngineConfig:
+    """All that are in flight fit."""
+    longest = PROMPT + TOKENS
+    return EngineConfig(longest, count, 2048, count * longest, max(256, 8 * count))
+
+
+def serve(scenario: Scenario, name: str, count: int, fixed: Fixed | None = None) -> Cell:
+    """A policy while all N decode, after a turn that warms up; `fixed` takes the place of the rule."""
+    config = replace(config_for(count), **policy_settings(name))
+    if fixed is not None:
+        config = replace(config, max_draft=fixed[3])
+    cell = Cell(name, count, scenario.engine(config.policy, config, count))
+    scheduler = cell.engine.scheduler
+    if fixed is not None:
+        old = scheduler.policy.rule
+        scheduler.policy.rule = rule = FixedRule(old.cost, old.rates, scenario.kv_fill, len(old.counts) - 1)
+        rule.flush_at, rule.fewest, rule.least = fixed[:3]
+    for turn in range(2):
+        jobs = [Job(PROMPT, TOKENS)] * count
+        requests = list(scenario.requests(jobs, scheduler.segments, config.run_ahead))
+        for number, (_, request) in enumerate(requests):
+            request.request_id, request.seed = f"{turn}/{number}", turn * count + number
+        cell.history = while_all_decode(cell.engine, requests, count)
+    return cell
+
+
+def speed(cell: Cell) -> float:
+    """Tokens a second."""
+    return sum(record.tokens for record in cell.history) / sum(record.seconds for record in cell.history)
+
+
+def search(scenario: Scenario, count: int, name: str) -> dict[str, Any]:
+    """The online rule against the best of the fixed ones."""
+    sizes = sorted({max(1, round(share * count)) for share in SHARES})
+    kinds = [(float(size), 1) for size in sizes] + [(math.inf, size) for size in sizes]
+    candidates = [(*kind, least, cap) for kind, least, cap in itertools.product(kinds, CHANCES, CAPS)]
+    tried = {each: speed(serve(scenario, name, count, each)) for each in candidates}
+    best = max(tried, key=lambda each: tried[each])
+    ours = speed(serve(scenario, name, count))
+    return {"in_flight": count, "policy": name, "rule": ours, "best": tried[best], "at": best}
+
+
+def main() -> None:
+    """Run, print, write."""
+    options = arguments()
+    source = recorded(options.trace_tokens)
+    report: dict[str, Any] = {"benchmark": "simulated", **machine.versions(), "options": {}, "shapes": {}, "search": []}
+    report["options"] = {name: str(value) for name, value in vars(options).items()}
+    for number, name in enumerate(options.shapes.split(",")):
+        shape = SHAPES[name]
+        third = shape.layers // 3
+        lengths = (third, shape.layers - third)
+        costs = roofline(MACHINES[options.machine], shape, lengths)
+        params = SamplingParams(temperature=0.0, ignore_eos=True)
+        limits = (options.threshold,)
+        scenario = Scenario(lengths, costs, (0.5,), "recompute", params, confidences=source, thresholds=limits)
+        table = Table("N", "full tok/s", "θ*", "ideal", *POLICIES[1:], "accepted", title=f"{name}, {costs.source}")
+        rows = []
+        for count in map(int, options.in_flight.split(",")):
+            cells = [serve(scenario, policy, count) for policy in POLICIES]
+            found = yardstick(cells[:2])
+            assert found is not None
+            full, *others = (speed(cell) for cell in cells)
+            drafts = cells[2].engine.scheduler.drafts.report()
+            accepted = drafts["accepted"] / max(1, drafts["verified"])
+            facts = {"in_flight": count, "full": full, "theta_star": found.optimal, "ideal": found.ideal}
+            rows.append({**facts, **dict(zip(POLICIES[1:], others, strict=True)), "drafts": drafts})
+            relative = [value / full if value else math.nan for value in (found.optimal, found.ideal, *others)]
+            table.add_row(str(count), f"{full:.0f}", *(f"{value:.2f}" for value in relative), f"{accepted:.2f}")
+        report["shapes"][name] = rows
+        console.print(table)
+        if number == 0 and options.search:
+            for count, policy in itertools.product(map(int, options.search.split(",")), POLICIES[2:]):
+                searched = search(scenario, count, policy)
+                report["search"].append(searched)
+                console.print(
+                    f"{policy}, {count} in flight: the rule {searched['rule']:.0f} tokens/s, the best fixed one "
+                    f"{searched['best']:.0f} (flush at, fewest, least chance, cap: {searched['at']}): "
+                    f"{searched['rule'] / searched['best']:.3f}"
+                )
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

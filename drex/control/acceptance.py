@@ -1,0 +1,83 @@
+"""How likely a tentative token is right, by the confidence of the exit head that said it: learnt while serving.
+
+For each exit point, shares of accepted tokens by confidence: from a prior, forgetting, and never falling as confidence
+rises (pool-adjacent-violators, Barlow et al. 1972).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from drex.control.plan import FloatArray
+
+BINS = 16
+PRIOR_WEIGHT = 4.0
+"""As if so many tokens of each bin had been accepted in the share that its confidence says."""
+MEMORY = 1000.0
+"""Tokens over which it is learnt: older ones fade by a factor e each so many."""
+
+
+class Acceptance:
+    """Shares of tentative tokens that turned out right.
+
+    Args:
+        exits: how many exit points there are.
+    """
+
+    def __init__(self, exits: int) -> None:
+        centres = (np.arange(BINS) + 0.5) / BINS
+        self._seen: FloatArray = np.full((exits, BINS), PRIOR_WEIGHT)
+        self._right: FloatArray = np.tile(centres * PRIOR_WEIGHT, (exits, 1))
+        self._chances: list[list[float]] = [centres.tolist()] * exits
+        # Since the start, for reports: tokens, right ones, and the chances that were given them.
+        self._totals: FloatArray = np.zeros((3, exits, BINS))
+
+    def chance(self, exit_index: int, confidence: float) -> float:
+        """How likely a token that an exit head said with this confidence is right."""
+        found: float = self._chances[exit_index][_bin(confidence)]
+        return found
+
+    def observe(self, exit_index: int, confidence: float, right: bool) -> None:
+        """A tentative token was verified."""
+        number = _bin(confidence)
+        self._totals[:, exit_index, number] += 1.0, right, self.chance(exit_index, confidence)
+        fade = math.exp(-1.0 / MEMORY)
+        seen, hits = self._seen[exit_index], self._right[exit_index]
+        seen *= fade
+        hits *= fade
+        seen[number] += 1.0
+        hits[number] += right
+        self._chances[exit_index] = isotonic(hits / seen, seen).tolist()
+
+    def report(self) -> dict[str, Any]:
+        """Tokens verified and accepted, the share accepted by confidence, and the mean error of the chances given."""
+        seen, right, said = self._totals.sum(1)
+        verified = float(seen.sum())
+        shares = {f"{(i + 0.5) / BINS:.2f}": float(right[i] / seen[i]) for i in np.flatnonzero(seen).tolist()}
+        error = float(np.abs(right - said).sum() / verified) if verified else None
+        return {
+            "verified": int(verified),
+            "accepted": int(right.sum()),
+            "acceptance_by_confidence": shares,
+            "calibration_error": error,
+        }
+
+
+def isotonic(values: FloatArray, weights: FloatArray) -> FloatArray:
+    """The non-decreasing values nearest to these in weighted squares."""
+    blocks: list[tuple[float, float, int]] = []
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        mean, total, size = value, weight, 1
+        while blocks and blocks[-1][0] > mean:
+            before, more, count = blocks.pop()
+            mean = (mean * total + before * more) / (total + more)
+            total, size = total + more, size + count
+        blocks.append((mean, total, size))
+    return np.repeat([mean for mean, _, _ in blocks], [size for *_, size in blocks])
+
+
+def _bin(confidence: float) -> int:
+    return min(BINS - 1, max(0, int(confidence * BINS)))

@@ -1,0 +1,110 @@
+"""Run-ahead: tokens that are taken tentatively while their row waits, what stands on them, and what becomes of it.
+
+A row that an exit point is not sure of takes that head's token all the same, and the request goes on from it. Rows
+behind it that are sure are decided, but held: what they stand on is not. When a deeper head is asked about the row, its
+token either agrees, and what was held follows from it up to the next open row; or it differs, and everything behind the
+row is taken back. Tokens are drawn under the same noise at every head, so that equality is all there is to check.
+
+Invariants: `request.context` is `request.tokens` and one token for each entry of `request.ahead`; the first entry is
+open, and entries without a record are open rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from drex.control.acceptance import Acceptance
+from drex.control.placement import Placement
+from drex.control.seats import Seats
+from drex.request import Ahead, Request, TokenRecord
+
+
+class Drafts:
+    """What is not settled of the running requests.
+
+    Args:
+        seats: of the requests.
+        placement: what rows behind a wrong token give back.
+        most: open rows that a request may have.
+
+    Attributes:
+        acceptance: of tentative tokens, learnt.
+        drafted: tokens taken tentatively; rolled_back: tokens taken back, held ones included.
+    """
+
+    def __init__(self, seats: Seats, placement: Placement, most: int) -> None:
+        self.seats, self.placement, self.most = seats, placement, most
+        self.acceptance = Acceptance(seats.segments - 1)
+        self.drafted = self.rolled_back = 0
+
+    def go_on(self, request: Request, position: int, token: int, exit_index: int, confidence: float) -> None:
+        """An exit point is not sure of the row at a position, the request's last: go on from its token, if that may be.
+
+        A token that would end the request, or whose row would never run, is not worth having.
+        """
+        seat = request.seat
+        number = position + 2 - len(request.prompt)
+        if not self.seats.drafting[seat] or number >= request.max_tokens or request.ends(token, number):
+            return
+        if sum(entry.record is None for entry in request.ahead) < self.most:
+            self.drafted += 1
+            self._append(request, token, Ahead(None, exit_index, confidence))
+
+    def hold(self, request: Request, token: int, record: TokenRecord) -> None:
+        """A row that stands on others has decided its token; it becomes one when they are settled."""
+        self._append(request, token, Ahead(record, 0, 0.0))
+
+    def verify(self, request: Request, position: int, token: int, record: TokenRecord | None) -> bool:
+        """A deeper head said a row's token, for good if with a record. Returns whether what stands on it holds."""
+        seat = request.seat
+        assert seat is not None
+        at = position - int(self.seats.settled[seat]) + 1
+        entry = request.ahead[at]
+        agrees = request.context[position + 1] == token
+        if record is not None:
+            self.acceptance.observe(entry.exit_index, entry.confidence, agrees)
+        if agrees:
+            if record is not None:
+                request.ahead[at] = entry._replace(record=record)
+            return True
+        self.rolled_back += len(request.ahead) - at
+        del request.ahead[at:], request.context[position + 1 :]
+        self.placement.roll_back(seat, position + 1)
+        self.seats.reached[0, seat] = position + 1
+        self.seats.ended[seat] = False
+        return False
+
+    def settle(self, request: Request) -> int:
+        """Take over what stands on nothing open any more; returns how many tokens. A token may end the request."""
+        settled = 0
+        while request.ahead and (record := request.ahead[0].record) is not None:
+            del request.ahead[0]
+            request.take(record)
+            settled += 1
+            if request.ending() is not None:
+                break
+        self.seats.settled[request.seat] += settled
+        self._weigh(request)
+        return settled
+
+    def report(self) -> dict[str, Any]:
+        """Counts, and how well acceptance is known."""
+        return {"drafted": self.drafted, "rolled_back": self.rolled_back, **self.acceptance.report()}
+
+    def _append(self, request: Request, token: int, entry: Ahead) -> None:
+        seats, seat = self.seats, request.seat
+        request.context.append(token)
+        request.ahead.append(entry)
+        number = len(request.context) - len(request.prompt)
+        seats.token[seat, len(request.context) - 1] = token
+        seats.reached[0, seat] += 1
+        seats.ended[seat] = number >= request.max_tokens or request.ends(token, number)
+        self._weigh(request)
+
+    def _weigh(self, request: Request) -> None:
+        """How likely the request's next row is to be of use: all that it stands on must be right."""
+        open_rows = [entry for entry in request.ahead if entry.record is None]
+        self.seats.chance[request.seat] = math.prod(
+            self.acceptance.chance(entry.exit_index, entry.confidence) for entry in open_rows
+        )

@@ -1,0 +1,154 @@
+"""Columns of what runs: one seat a request, one array a fact, so that a pass is planned without a loop over requests.
+
+A request has no phase: `reached` says how far each segment has come, and what is pending follows from that.
+
+Invariants: `reached` descends along its first axis; all that is here of a seated request follows from its own record
+and the passes it has been in, so a request that loses its seat loses nothing that matters.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from drex.control.deadlines import pace
+from drex.control.plan import BoolArray, FloatArray, IntArray
+from drex.request import Request
+
+
+class Seats:
+    """The running requests.
+
+    Args:
+        seats: how many may run.
+        segments: of the model.
+        room: positions that a request may reach.
+
+    Attributes:
+        requests: None where the seat is empty. Shape (seats,), as all that has no other.
+        idle: whether a request sits there that no outstanding pass holds.
+        reached: how many positions have come to each segment: known tokens at the first, positions with K/V at all
+            segments last. (segments + 1, seats).
+        prompt: its length.
+        settled: tokens that are certain, the prompt's included; `reached` counts tentative ones too.
+        drafting, lossless: whether the request runs ahead of what is settled, and whether no exit decides anything.
+        ended: whether the last token ends the text, if it is right.
+        chance: how likely what the next row stands on is right.
+        claimed_length: positions whose slots are claimed.
+        since: the pass at which the live row came to where it waits.
+        due: when the next token is due; pace: the target for each. Seconds, infinite where there is none.
+        threshold: of the first row that is not settled at each exit; NaN where it may not exit. (segments - 1, seats).
+        decaying: whether later rows have other thresholds.
+        scored: whether prompt rows are measured; patient: whether any of its rules counts agreeing exits.
+        restricted: whether some tokens may be banned, because `min_tokens` is not reached.
+        token: what stands at each position. (seats, room).
+        depth: segments that a position executes before its token is decided; all while it isn't. (seats, room).
+        confidence: what each exit said of a position; NaN where it wasn't asked. (segments - 1, seats, room).
+        agreeing: (token, run length) of the exits that agree on a position, of patient requests. (2, seats, room).
+    """
+
+    def __init__(self, seats: int, segments: int, room: int) -> None:
+        self.segments, self.room = segments, room
+        self.requests: npt.NDArray[np.object_] = np.full(seats, None)
+        self.idle: BoolArray = np.zeros(seats, dtype=np.bool_)
+        self.reached: IntArray = np.zeros((segments + 1, seats), dtype=np.int64)
+        self.prompt: IntArray = np.zeros(seats, dtype=np.int64)
+        self.settled: IntArray = np.zeros(seats, dtype=np.int64)
+        self.drafting: BoolArray = np.zeros(seats, dtype=np.bool_)
+        self.lossless: BoolArray = np.zeros(seats, dtype=np.bool_)
+        self.ended: BoolArray = np.zeros(seats, dtype=np.bool_)
+        self.chance: FloatArray = np.ones(seats)
+        self.claimed_length: IntArray = np.zeros(seats, dtype=np.int64)
+        self.since: IntArray = np.zeros(seats, dtype=np.int64)
+        self.due: FloatArray = np.full(seats, np.inf)
+        self.pace: FloatArray = np.full(seats, np.inf)
+        self.threshold: FloatArray = np.full((segments - 1, seats), np.nan)
+        self.decaying: BoolArray = np.zeros(seats, dtype=np.bool_)
+        self.scored: BoolArray = np.zeros(seats, dtype=np.bool_)
+        self.patient: BoolArray = np.zeros(seats, dtype=np.bool_)
+        self.restricted: BoolArray = np.zeros(seats, dtype=np.bool_)
+        # Left empty, so that only what is used ever takes memory.
+        self.token: IntArray = np.empty((seats, room), dtype=np.int64)
+        self.depth: IntArray = np.empty((seats, room), dtype=np.int64)
+        self.confidence: FloatArray = np.empty((segments - 1, seats, room))
+        self.agreeing: IntArray = np.empty((2, seats, room), dtype=np.int64)
+        self._empty = list(range(seats))
+
+    def __len__(self) -> int:
+        return len(self.requests) - len(self._empty)
+
+    def __iter__(self) -> Iterator[Request]:
+        return (request for request in self.requests.tolist() if request is not None)
+
+    def __getitem__(self, seat: int) -> Request:
+        request = self.requests[seat]
+        assert isinstance(request, Request)
+        return request
+
+    @property
+    def full(self) -> bool:
+        """Whether nobody else can sit down."""
+        return not self._empty
+
+    @property
+    def decoding(self) -> int:
+        """Requests that have a token."""
+        return int((self.settled > self.prompt).sum())
+
+    def sit(self, request: Request) -> int:
+        """Give a request a seat; it starts from its record, with no K/V."""
+        seat = request.seat = heapq.heappop(self._empty)
+        self.requests[seat] = request
+        self.idle[seat] = True
+        self.reached[:, seat] = 0
+        self.reached[0, seat] = len(request.tokens)
+        self.prompt[seat], self.settled[seat] = len(request.prompt), len(request.tokens)
+        self.drafting[seat], self.lossless[seat] = request.run_ahead != "off", request.run_ahead == "lossless"
+        self.ended[seat], self.chance[seat] = False, 1.0
+        self.due[seat], self.pace[seat] = request.due, pace(request.params)
+        self.decaying[seat] = request.rule.schedule != "constant"
+        self.scored[seat] = request.score_rule is not None
+        self.restricted[seat] = request.params.min_tokens > 0
+        self.token[seat, : len(request.tokens)] = request.tokens
+        end = len(request.prompt) + request.max_tokens
+        self.depth[seat, : len(request.depths)] = request.depths
+        self.depth[seat, len(request.depths) : end] = self.segments
+        self.confidence[:, seat, :end] = np.nan
+        rules = (request.rule, request.score_rule)
+        self.patient[seat] = any(rule is not None and rule.criterion == "patience" for rule in rules)
+        if self.patient[seat]:
+            self.agreeing[1, seat, :end] = 0
+        self.look_ahead(request)
+        return seat
+
+    def leave(self, request: Request) -> None:
+        """Take back the seat."""
+        seat = request.seat
+        assert seat is not None
+        assert self.idle[seat]
+        self.requests[seat] = request.seat = None
+        self.idle[seat] = False
+        self.reached[:, seat] = self.prompt[seat] = self.settled[seat] = 0
+        self.drafting[seat] = self.lossless[seat] = False
+        self.due[seat] = self.pace[seat] = np.inf
+        self.scored[seat] = self.patient[seat] = self.restricted[seat] = False
+        heapq.heappush(self._empty, seat)
+
+    def look_ahead(self, request: Request) -> None:
+        """Set the thresholds of the row after the last settled token. A first token never exits early."""
+        number = request.num_output
+        for exit_index in range(self.segments - 1):
+            threshold = request.rule.threshold(exit_index, number, request.max_tokens) if number else None
+            self.threshold[exit_index, request.seat] = np.nan if threshold is None else threshold
+
+    def by_urgency(self, seats: IntArray) -> IntArray:
+        """Seats in order of priority, then arrival."""
+        return np.array(sorted(seats.tolist(), key=lambda seat: urgency(self[seat])), dtype=np.int64)
+
+
+def urgency(request: Request) -> tuple[int, int]:
+    """What requests are sorted by: priority, then arrival."""
+    return request.priority, request.arrival

@@ -1,0 +1,230 @@
+"""Run-ahead in the control plane: drafts, verification, roll-back, and what the rule makes of chances."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import Machine, drain, made_up, make_scheduler, profile, request
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drex.config import EngineConfig, policy_settings
+from drex.control.acceptance import Acceptance, isotonic
+from drex.control.cost import CostModel
+from drex.control.flush import ExitRates, FlushRule, Waiting
+from drex.control.plan import Pass, PassResult
+from drex.control.slots import SlotLayout
+from drex.request import FinishReason, Request
+from drex.sim.machines import MACHINES, roofline
+from drex.sim.shapes import SHAPES
+from drex.sim.simulate import Scenario, run
+from drex.sim.workload import Job
+
+EOS = 3
+
+
+def drawn(*facts: Any) -> float:
+    return random.Random("/".join(map(str, facts))).random()
+
+
+class Speaker(Machine):
+    """Heads that say tokens: the last one what is right; the exits that too, or something else.
+
+    What is said depends on the request, the position and the segment, so that the outcome is known beforehand.
+    """
+
+    wrong = 0.4
+
+    def confidence(self, name: str, position: int, segment: int) -> float:
+        return drawn("sure", name, position, segment)
+
+    def token(self, name: str, position: int, segment: int, segments: int) -> int:
+        right = 4 + int(40 * drawn("token", name, position))
+        if segment == segments - 1 or drawn("right", name, position, segment) >= self.wrong:
+            return EOS if drawn("end", name, position) < 0.02 else right
+        return 4 + int(40 * drawn("wrong", name, position, segment))
+
+    def execute(self, batch: Pass) -> PassResult:
+        asked, segment = batch.evaluations, batch.segment
+        where = [(d.request_id, p) for d, p in zip(asked.draws, asked.positions.tolist(), strict=True)]
+        sure = np.array([self.confidence(*each, segment) for each in where])
+        exits = sure >= asked.thresholds
+        said = made_up(asked, sure, exits)
+        tokens = np.array([self.token(*each, segment, self.segments) for each in where], dtype=np.int64)
+        return PassResult(said.__class__(tokens, said.logprobs, sure, exits, said.agreeing, {}))
+
+    def expected(self, each: Request, lossless: bool) -> list[int]:
+        """What the request's tokens are to be, by the plain definition of early exit, or of full depth."""
+        out: list[int] = []
+        while len(out) < each.max_tokens and EOS not in out:
+            position = len(each.prompt) - 1 + len(out)
+            last = self.segments - 1
+            # The first token never exits early.
+            exits = range(0 if lossless or not out else last)
+            depth = next((s for s in exits if self.confidence(each.request_id, position, s) >= 0.5), last)
+            out.append(self.token(each.request_id, position, depth, self.segments))
+        return out
+
+    segments = 2
+
+
+def asked(number: int, prompt: int, max_tokens: int, segments: int, mode: str) -> Request:
+    each = request(number, prompt, max_tokens, segments)
+    each.eos_token_ids = frozenset({EOS})
+    object.__setattr__(each.params, "ignore_eos", False)
+    each.run_ahead = mode
+    return each
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    lengths=st.sampled_from([(2, 2), (1, 3, 2), (1, 1, 1, 1)]),
+    fill=st.sampled_from(["recompute", "project", "alias", "mask"]),
+    policy=st.sampled_from(["drex", "drex", "split"]),
+    wrong=st.sampled_from([0.0, 0.4, 1.0]),
+    sizes=st.lists(
+        st.tuples(st.integers(1, 9), st.integers(1, 16), st.sampled_from(["off", "trusted", "trusted", "lossless"])),
+        min_size=1,
+        max_size=7,
+    ),
+    spare=st.sampled_from([0, 5, 100]),
+    chunk=st.sampled_from([1, 4, 64]),
+    fill_rows=st.sampled_from([1, 8, 64]),
+    most=st.sampled_from([1, 4, 9]),
+    aborted=st.sets(st.integers(0, 6), max_size=2),
+    abort_at=st.integers(1, 25),
+)
+def test_tokens_are_those_of_early_exit_or_of_full_depth_and_nothing_leaks(
+    lengths: tuple[int, ...],
+    fill: str,
+    policy: str,
+    wrong: float,
+    sizes: list[tuple[int, int, str]],
+    spare: int,
+    chunk: int,
+    fill_rows: int,
+    most: int,
+    aborted: set[int],
+    abort_at: int,
+) -> None:
+    tokens = max(2, max(prompt + out - 1 for prompt, out, _ in sizes) + spare)
+    config = EngineConfig(64, 4, chunk, tokens, fill_rows, max_wait_passes=12, policy=policy, max_draft=most)
+    scheduler = make_scheduler(config, SlotLayout(lengths), fill)
+    modes = [mode if mode != "lossless" or fill == "recompute" else "trusted" for *_, mode in sizes]
+    requests = [asked(i, p, o, len(lengths), modes[i]) for i, (p, o, _) in enumerate(sizes)]
+    for each in requests:
+        scheduler.add(each, 0.0)
+    machine = Speaker(0.0)
+    machine.segments, machine.wrong = len(lengths), wrong
+    for _ in range(abort_at):
+        machine.run(scheduler)
+        scheduler.check_integrity()
+    for number in aborted & set(range(len(requests))):
+        if requests[number].finish_reason is None:
+            scheduler.finish(requests[number].request_id, FinishReason.ABORT)
+    waits = drain(scheduler, machine)
+    assert all(waited <= 12 for waited in waits.values())
+    assert scheduler.pool.in_use == scheduler.pool.claimed == 0
+    for each, mode in zip(requests, modes, strict=True):
+        expected = machine.expected(each, mode == "lossless")
+        output = each.tokens[len(each.prompt) :]
+        assert output == [record.token_id for record in each.records]
+        if each.finish_reason is FinishReason.ABORT:
+            assert output == expected[: len(output)]
+        else:
+            assert output == expected
+        if mode == "lossless":
+            assert all(record.depth == len(lengths) and not record.checks for record in each.records)
+
+
+def test_open_rows_are_capped() -> None:
+    scheduler = make_scheduler(EngineConfig(128, 2, 64, 400, max_wait_passes=100), SlotLayout((2, 2)), "recompute")
+    scheduler.drafts.most = 3
+    each = asked(0, 4, 60, 2, "lossless")
+    scheduler.add(each, 0.0)
+    machine, seen = Speaker(0.0), set()
+    while machine.run(scheduler) is not None:
+        seen.add(sum(entry.record is None for entry in each.ahead))
+    assert max(seen) == 3
+
+
+# Acceptance
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0.1, 10)), min_size=1, max_size=12))
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+def test_isotonic_values_never_fall_and_keep_the_weighted_sum(pairs: list[tuple[float, float]]) -> None:
+    values, weights = (np.array(column) for column in zip(*pairs, strict=True))
+    found = isotonic(values, weights)
+    assert (np.diff(found) >= -1e-12).all()
+    assert (found * weights).sum() == pytest.approx((values * weights).sum())
+    # What rises already stays as it is.
+    assert np.allclose(isotonic(np.sort(values), weights), np.sort(values))
+
+
+def test_acceptance_is_learnt_by_confidence_and_rises_with_it() -> None:
+    acceptance, draw = Acceptance(1), random.Random(0)
+    for _ in range(3000):
+        confidence = draw.random()
+        acceptance.observe(0, confidence, draw.random() < confidence**2)
+    chances = [acceptance.chance(0, c / 20) for c in range(21)]
+    assert chances == sorted(chances)
+    assert acceptance.chance(0, 0.3) == pytest.approx(0.09, abs=0.06)
+    assert acceptance.chance(0, 0.95) == pytest.approx(0.9, abs=0.08)
+    report = acceptance.report()
+    assert report["verified"] == 3000
+    assert report["calibration_error"] < 0.05
+
+
+def test_acceptance_forgets() -> None:
+    acceptance = Acceptance(1)
+    for right in [True] * 3000 + [False] * 3000:
+        acceptance.observe(0, 0.9, right)
+    assert acceptance.chance(0, 0.9) < 0.1
+
+
+# The rule
+
+
+def test_rows_are_started_from_the_surest_down_to_where_they_do_not_pay() -> None:
+    cost = CostModel(profile("linear", 1.0, 1.0))
+    rule = FlushRule(cost, ExitRates(1), "recompute", 200)
+    for _ in range(200):
+        rule.observe(8, float(cost.full_depth(np.array([8.0]), 0.0)[0]))
+    live, fills = [0, 4], [0, 0]
+    started = [rule.choose(Waiting(8, live, fills, np.array([1.0] * n + [0.01] * (8 - n)))) for n in (8, 6)]
+    assert started == [(0, 8), (0, 6)]
+    # Where next to nothing is sure, the buffer is flushed.
+    assert rule.choose(Waiting(8, live, fills, np.full(8, 0.01))) == (1, 0)
+
+
+def speed(policy: str, count: int, acceptance: float, rounds: int = 4) -> float:
+    lengths = (13, 27)
+    scenario = Scenario(
+        lengths,
+        roofline(MACHINES["h200"], SHAPES["llama-2-13b"], lengths),
+        (0.4,),
+        "recompute",
+        request(0, 1, 1, 2).params,
+        acceptance=acceptance,
+    )
+    jobs = [Job(8, 60)] * (rounds * count)
+    config = EngineConfig(80, count, 512, count * 80, max(256, 4 * count), **policy_settings("drex"))
+    (found,) = run(scenario, [policy], jobs, config)["runs"]
+    rate: float = found["decode_tokens_per_s"]
+    return rate
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_run_ahead_gains_where_drafts_are_accepted(count: int) -> None:
+    assert speed("drex+run-ahead", count, 0.8) > 1.08 * speed("drex", count, 0.8)
+
+
+@pytest.mark.parametrize("count", [4, 16, 64])
+def test_with_nothing_accepted_run_ahead_falls_back_to_rebatching(count: int) -> None:
+    # Long enough that what it takes to learn that does not show.
+    rounds = max(4, 80 // count)
+    assert speed("drex+run-ahead", count, 0.0, rounds) > 0.98 * speed("drex", count, 0.0, rounds)

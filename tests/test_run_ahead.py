@@ -1,0 +1,90 @@
+"""Run-ahead as users see it: the same text as without, the full-depth model's own when lossless, streams that hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drex import LLM, EarlyExit, SamplingParams
+from drex.outputs import RequestOutput
+
+PROMPTS = ["the cat", "on the mat; the", "dog", "the log. the cat sat", "sat", "o"]
+
+
+def make(folder: Path, mode: str, **changes: Any) -> LLM:
+    exits = EarlyExit(layers=[2, 4], thresholds=0.12, kv_fill="recompute")
+    settings: dict[str, Any] = {"early_exit": exits, "dtype": "float64", "run_ahead": mode, "max_num_seqs": 4}
+    return LLM(folder, **(settings | changes))
+
+
+def params(**changes: Any) -> list[SamplingParams]:
+    return [
+        SamplingParams(seed=number, max_tokens=24, temperature=0.8 * (number % 2), **changes)
+        for number in range(len(PROMPTS))
+    ]
+
+
+def said(outputs: list[RequestOutput]) -> list[tuple[str, list[int], str, int | str | None]]:
+    samples = [output.outputs[0] for output in outputs]
+    return [(sample.text, sample.token_ids, sample.finish_reason, sample.stop_reason) for sample in samples]
+
+
+STOPS = [{}, {"stop": ["t", "at"]}, {"stop": ["s"], "min_tokens": 5}, {"frequency_penalty": 0.7, "stop": ["e "]}]
+
+
+@pytest.mark.parametrize("changes", STOPS, ids=str)
+def test_trusted_run_ahead_changes_nothing_that_is_said(text_model: Path, changes: dict[str, Any]) -> None:
+    plain, ahead = make(text_model, "off"), make(text_model, "trusted")
+    expected = said(plain.generate(PROMPTS, params(**changes)))
+    assert said(ahead.generate(PROMPTS, params(**changes))) == expected
+    drafts = ahead.engine.scheduler.drafts
+    assert drafts.drafted > 20
+    assert drafts.rolled_back > 0
+    assert drafts.acceptance.report()["accepted"] > 0
+    assert ahead.engine.scheduler.pool.in_use == 0
+
+
+@pytest.mark.parametrize("changes", STOPS, ids=str)
+def test_lossless_run_ahead_says_what_full_depth_says(text_model: Path, changes: dict[str, Any]) -> None:
+    full = LLM(text_model, policy="full", dtype="float64")
+    ahead = make(text_model, "lossless")
+    outputs = ahead.generate(PROMPTS, params(**changes))
+    assert said(outputs) == said(full.generate(PROMPTS, params(**changes)))
+    assert ahead.engine.scheduler.drafts.drafted > 20
+    stats = ahead.exit_stats(outputs)
+    assert stats.mean_depth == 6
+    assert stats.involuntary_stays == stats.involuntary_exits == 0
+
+
+def test_each_request_may_choose_its_own_mode(text_model: Path) -> None:
+    llm, full = make(text_model, "off"), LLM(text_model, policy="full", dtype="float64")
+    modes = ["lossless", "off", "trusted", "lossless", None, "trusted"]
+    asked = [SamplingParams(seed=i, max_tokens=20, run_ahead=mode) for i, mode in enumerate(modes)]
+    found = said(llm.generate(PROMPTS, asked))
+    early = said(llm.generate(PROMPTS, [SamplingParams(seed=i, max_tokens=20) for i in range(len(PROMPTS))]))
+    deep = said(full.generate(PROMPTS, [SamplingParams(seed=i, max_tokens=20) for i in range(len(PROMPTS))]))
+    assert found == [deep[i] if mode == "lossless" else early[i] for i, mode in enumerate(modes)]
+
+
+def test_a_stream_never_shows_what_is_taken_back(text_model: Path) -> None:
+    llm = make(text_model, "trusted")
+    asked = params(stop=["at"])
+    whole = said(llm.generate(PROMPTS, asked))
+    texts, tokens = [""] * len(PROMPTS), [[] for _ in PROMPTS]
+    several = 0
+    for chunk in llm.stream(PROMPTS, asked):
+        texts[chunk.prompt_index] += chunk.text
+        tokens[chunk.prompt_index].extend(token.id for token in chunk.tokens)
+        several += len(chunk.tokens) > 1
+    assert list(zip(texts, tokens, strict=True)) == [(text, ids) for text, ids, *_ in whole]
+    assert several, "no chunk had more than one token: nothing was held"
+
+
+def test_lossless_run_ahead_needs_exact_keys_and_values(text_model: Path) -> None:
+    llm = make(text_model, "off", early_exit=EarlyExit(layers=[2, 4], thresholds=0.12, kv_fill="project"))
+    with pytest.raises(ValueError, match="choose kv_fill 'recompute', or run_ahead 'trusted'"):
+        llm.generate("the", SamplingParams(run_ahead="lossless"))
+    with pytest.raises(ValueError, match="choose one of off, trusted, lossless"):
+        SamplingParams(run_ahead="always")
