@@ -160,7 +160,8 @@ export class Live {
     const most = Math.max(4, history.most([running, waiting], span));
     this.#strip(this.requests, span, scale(most), (strip) => {
       strip.area(running, "var(--level)");
-      strip.line(waiting, "var(--ink)", { dash: [3, 2] });
+      const some = waiting.map(([time, count]) => [time, count || null]);
+      strip.line(some, "var(--ink)", { dash: [3, 2] });
     });
     this.values.get(this.requests).textContent = String(state.running);
     this.values.get(this.requests).nextElementSibling.textContent = `running, ${state.waiting} waiting`;

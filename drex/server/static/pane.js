@@ -3,9 +3,13 @@
 import { make, percent, plural, short } from "./dom.js";
 
 const REASONS = { length: "reached max tokens", stop: "ended by itself" };
+/** Milliseconds between two looks of the text. */
+const PAUSE = 40;
 
 export class Pane {
-  constructor(title, hint) {
+  /** @param rendered is called when more of the text is shown. */
+  constructor(title, hint, rendered) {
+    this.rendered = rendered;
     this.text = make("pre", { className: "text", tabIndex: 0 });
     this.text.setAttribute("role", "group");
     this.text.setAttribute("aria-label", `${title}: text`);
@@ -25,13 +29,14 @@ export class Pane {
   }
 
   #clear() {
-    Object.assign(this, { tokens: [], elements: [], first: null, latest: null, counts: new Map() });
+    Object.assign(this, { tokens: [], elements: [], first: null, latest: null, marked: null, counts: new Map() });
     this.#of = new WeakMap();
     this.error.textContent = "";
   }
 
   #of = new WeakMap();
   #due = null;
+  #written = new Map();
 
   /** The token that an element shows, if it is one. */
   tokenOf(element) {
@@ -40,39 +45,57 @@ export class Pane {
 
   /** Get ready for a run: the prompt, and nothing after it. */
   begin(prompt, depths) {
+    if (this.depths !== depths) this.#paintShares(depths);
     this.depths = depths;
     this.#clear();
     this.text.replaceChildren(make("span", { className: "prompt", textContent: prompt }));
-    this.state.textContent = "waiting";
+    this.reason = this.state.textContent = "waiting";
     this.element.classList.add("streaming");
     this.began = performance.now();
     this.#measure();
   }
 
-  /** Take in a chunk of the stream. */
-  add(chunk) {
-    const now = performance.now();
-    const choice = chunk.choices[0];
-    if (!choice) return;
-    const logprobs = choice.logprobs?.token_logprobs ?? [];
-    const atEnd = this.text.scrollTop + this.text.clientHeight > this.text.scrollHeight - 30;
-    choice.tokens.forEach((token, index) => this.#append({ ...token, logprob: logprobs[index] ?? NaN }));
-    if (choice.tokens.length) {
-      this.first ??= now;
-      this.latest = now;
-      this.state.textContent = "streaming";
-    }
-    if (choice.finish_reason) this.state.textContent = REASONS[choice.finish_reason];
-    if (atEnd) this.text.scrollTop = this.text.scrollHeight;
-    // Tokens may come faster than a screen shows them.
-    this.#due ??= requestAnimationFrame(() => {
-      this.#due = null;
-      this.#measure();
+  #paintShares(depths) {
+    const pieces = depths.all.map((layer) => {
+      const piece = make("span", { data: { layer }, hidden: true });
+      depths.paint(piece, layer);
+      return piece;
     });
+    this.shares.replaceChildren(...pieces);
   }
 
-  #append(token) {
-    token.first = !this.tokens.length;
+  /** Take in a chunk of the stream. It is shown soon, with others: drawing each token costs cores that the engine may
+   *  want, where both are on one machine. */
+  add(chunk) {
+    const choice = chunk.choices[0];
+    if (!choice) return;
+    if (choice.tokens.length) {
+      this.latest = performance.now();
+      this.first ??= this.latest;
+    }
+    choice.tokens.forEach((token, index) => {
+      const first = !this.tokens.length;
+      this.tokens.push({ ...token, first, logprob: choice.logprobs.token_logprobs[index] });
+      this.counts.set(token.exit_layer, (this.counts.get(token.exit_layer) ?? 0) + 1);
+    });
+    this.reason = choice.finish_reason ? REASONS[choice.finish_reason] : "streaming";
+    this.#due ??= setTimeout(() => this.#render(), PAUSE);
+  }
+
+  /** Show what has come. */
+  #render() {
+    clearTimeout(this.#due);
+    this.#due = null;
+    const text = this.text;
+    const atEnd = text.scrollTop + text.clientHeight > text.scrollHeight - 30;
+    text.append(...this.tokens.slice(this.elements.length).map((token) => this.#element(token)));
+    if (atEnd) text.scrollTop = text.scrollHeight;
+    this.state.textContent = this.reason;
+    this.#measure();
+    this.rendered();
+  }
+
+  #element(token) {
     const element = make("span", { className: "token", textContent: token.text });
     element.dataset.layer = token.exit_layer;
     if (token.text.includes("\n")) element.classList.add("line-end");
@@ -80,28 +103,25 @@ export class Pane {
     if (!token.text) element.classList.add("part");
     this.depths.paint(element, token.exit_layer);
     this.#of.set(element, token);
-    this.tokens.push(token);
     this.elements.push(element);
-    this.counts.set(token.exit_layer, (this.counts.get(token.exit_layer) ?? 0) + 1);
-    this.text.append(element);
+    return element;
   }
 
   /** The stream is over: by itself, stopped by the user, or with an error. */
   end(error = null) {
     this.element.classList.remove("streaming");
-    if (error?.name === "AbortError") this.state.textContent = "stopped";
-    else if (error?.refused) this.state.textContent = "refused";
-    else if (error) {
-      this.state.textContent = "failed";
-      this.error.textContent = error.message;
-    }
-    this.#measure();
+    if (error) this.reason = error.name === "AbortError" ? "stopped" : error.refused ? "refused" : "failed";
+    if (this.reason === "failed") this.error.textContent = error.message;
+    this.#render();
   }
 
   /** Mark a token as the first that differs from the other text's; null: none does. */
   markDifference(index) {
-    this.text.querySelector(".differs")?.classList.remove("differs");
-    if (index !== null) this.elements[index]?.classList.add("differs");
+    const element = index === null ? null : this.elements[index];
+    if (element === this.marked) return;
+    this.marked?.classList.remove("differs");
+    element?.classList.add("differs");
+    this.marked = element;
   }
 
   get rate() {
@@ -119,35 +139,45 @@ export class Pane {
   }
 
   #measure() {
-    const { layers } = this.depths ?? {};
-    const figures = {
+    const measured = {
       "tokens/s": short(this.rate),
-      "mean depth": this.tokens.length ? `${short(this.meanDepth)} of ${layers}` : "–",
+      "mean depth": this.tokens.length ? `${short(this.meanDepth)} of ${this.depths.layers}` : "–",
       "first token": this.first ? `${Math.round(this.first - this.began)} ms` : "–",
       tokens: String(this.tokens.length),
     };
-    const items = Object.entries(figures).map(([name, value]) =>
-      make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value })),
-    );
-    this.figures.replaceChildren(...items);
+    for (const [name, value] of Object.entries(measured)) {
+      const written = this.#figure(name);
+      if (written.textContent !== value) written.textContent = value;
+    }
     this.#share();
+  }
+
+  /** Where a figure is written. */
+  #figure(name) {
+    if (!this.#written.has(name)) {
+      const value = make("dd", {});
+      this.#written.set(name, value);
+      this.figures.append(make("div", {}, make("dt", { textContent: name }), value));
+    }
+    return this.#written.get(name);
   }
 
   #share() {
     const total = this.tokens.length;
-    const parts = (this.depths?.all ?? []).filter((layer) => this.counts.get(layer));
-    const words = parts.map((layer) => `${percent(this.counts.get(layer) / total)} ${this.depths.name(layer)}`);
+    const words = [];
+    for (const piece of this.shares.children) {
+      const layer = Number(piece.dataset.layer);
+      const count = this.counts.get(layer) ?? 0;
+      piece.hidden = !count;
+      if (!count) continue;
+      const said = `${percent(count / total)} ${this.depths.name(layer)}`;
+      words.push(said);
+      piece.style.flexGrow = count;
+      piece.title = said;
+      // Written only where there is room for it.
+      const label = `${layer < this.depths.layers ? layer : "full"} · ${percent(count / total)}`;
+      piece.textContent = count / total > 0.12 ? label : "";
+    }
     this.shares.setAttribute("aria-label", words.join(", ") || "no tokens yet");
-    this.shares.replaceChildren(
-      ...parts.map((layer) => {
-        const share = this.counts.get(layer) / total;
-        const piece = make("span", { title: `${percent(share)} ${this.depths.name(layer)}` });
-        piece.style.flexGrow = share;
-        // Written only where there is room for it.
-        if (share > 0.12) piece.textContent = `${layer < this.depths.layers ? layer : "full"} · ${percent(share)}`;
-        this.depths.paint(piece, layer);
-        return piece;
-      }),
-    );
   }
 }

@@ -16,8 +16,8 @@ export const EXAMPLES = {
 };
 
 export class Playground {
-  #early = new Pane("Early exit", "each token as deep as its confidence asks");
-  #full = new Pane("Full depth", "the same request, all layers");
+  #early = new Pane("Early exit", "each token as deep as its confidence asks", () => this.#compare());
+  #full = new Pane("Full depth", "the same request, all layers", () => this.#compare());
   #settings = new Settings();
   #running = null;
 
@@ -97,30 +97,28 @@ export class Playground {
     try {
       for await (const chunk of stream({ ...body, model: this.model }, abort.signal)) {
         pane.add(chunk);
-        this.#compare();
       }
       pane.end();
       return null;
     } catch (error) {
       pane.end(error);
       return error;
-    } finally {
-      this.#compare();
     }
   }
 
   /** Mark where the two texts first differ, as far as both have come. */
   #compare() {
     const [early, full] = [this.#early.tokens, this.#full.tokens];
-    const both = Math.min(early.length, full.length);
+    const both = Math.min(this.#early.elements.length, this.#full.elements.length);
     const at = early.findIndex((token, index) => index < both && token.id !== full[index].id);
     const differs = $("compare").checked && at >= 0;
     this.#early.markDifference(differs ? at : null);
     this.#full.markDifference(differs ? at : null);
-    $("difference").textContent = !both
+    const words = !both
       ? ""
       : differs
         ? `The texts first differ at token ${at + 1}, marked ≠ in both. Both were drawn with the same noise.`
         : `The texts agree in all ${plural(both, "token")} so far.`;
+    if ($("difference").textContent !== words) $("difference").textContent = words;
   }
 }
