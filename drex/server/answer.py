@@ -18,7 +18,6 @@ from drex import __version__
 from drex.engine.async_engine import EngineStoppedError, Event, Stream
 from drex.outputs import TokenOutput
 from drex.server.errors import ApiError
-from drex.server.logprobs import TokenTexts
 from drex.server.replies import FinishReason, TokenExit
 from drex.server.schema import Generation
 from drex.server.serving import Serving
@@ -56,7 +55,7 @@ class Answer(ABC):
     def __init__(self, serving: Serving, body: Generation, stream: Stream, name: str, http: Request) -> None:
         self.body, self.stream = body, stream
         self.samples = body.n or 1
-        self.texts = TokenTexts(serving.llm.tokenizer)
+        self.texts = serving.texts
         self._serving, self._http = serving, http
         prompts = stream.requests[:: self.samples]
         self.tally = Tally(sum(len(one.prompt) for one in prompts), serving.llm.model.decoder.spec.num_layers)
@@ -92,7 +91,7 @@ class Answer(ABC):
     async def respond(self) -> Response:
         """The reply; raises ApiError, or ClientGoneError if nobody waits for it."""
         if self.body.stream:
-            return EventStream(self._stream())
+            return EventStream(self._stream(), self._serving.settings.body_timeout)
         return Response(
             encode(await unless_gone(self._http.receive, self._whole())),
             media_type="application/json",

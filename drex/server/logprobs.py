@@ -18,7 +18,7 @@ REPLACEMENT = "\ufffd"
 
 
 class TokenTexts:
-    """Texts of single tokens.
+    """Texts of single tokens, each looked up once.
 
     Args:
         tokenizer: None: all are empty.
@@ -26,10 +26,15 @@ class TokenTexts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
 
     def alone(self, token_id: int) -> str:
         """What a token is by itself; a replacement character where it ends inside of one."""
-        return "" if self._tokenizer is None else str(self._tokenizer.decode([token_id]))
+        if self._tokenizer is None:
+            return ""
+        if token_id not in self._known:
+            self._known[token_id] = str(self._tokenizer.decode([token_id]))
+        return self._known[token_id]
 
     def of(self, token: TokenOutput) -> str:
         """What a token brought to its text; where that is nothing, what it is by itself."""

@@ -66,7 +66,7 @@ def routes(serving: Serving) -> APIRouter:
     async def live() -> Response:
         """The engine's state, about five times a second, as server-sent events."""
         watch.check_room()
-        return EventStream(watch.events())
+        return EventStream(watch.events(), serving.settings.body_timeout)
 
     return router
 

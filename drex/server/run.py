@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from types import FrameType
 
 import uvicorn
@@ -45,6 +46,8 @@ class Server(uvicorn.Server):
         )
         self.serving = serving
         self._stopping: asyncio.Task[None] | None = None
+        self._closing: set[object] = set()
+        self._looked = 0.0
 
     @property
     def address(self) -> tuple[str, int]:
@@ -70,7 +73,19 @@ class Server(uvicorn.Server):
         elif serving.draining and self._stopping is None:
             log.info("draining", extra={"fields": {"unfinished": serving.unfinished}})
             self._stopping = asyncio.create_task(self._drain())
+        self._cut_off()
         return await super().on_tick(counter)
+
+    def _cut_off(self) -> None:
+        """Drop connections that were to be closed a while ago, and whose clients don't read what is left to send."""
+        now, patience = time.monotonic(), self.serving.settings.body_timeout
+        if now - self._looked < patience:
+            return
+        connections = [one for one in self.server_state.connections if one.transport.is_closing()]
+        for connection in connections:
+            if connection in self._closing:
+                connection.transport.abort()
+        self._closing, self._looked = set(connections), now
 
     async def _drain(self) -> None:
         """Wait for what is open, as long as it may take; then end it."""

@@ -13,6 +13,7 @@ from drex.intake import check_unicode
 from drex.llm import LLM
 from drex.request import Request
 from drex.server.errors import ApiError
+from drex.server.logprobs import TokenTexts
 from drex.server.settings import ServerSettings
 from drex.server.telemetry import Telemetry
 
@@ -28,6 +29,7 @@ class Serving:
         settings: of the server.
 
     Attributes:
+        texts: of single tokens.
         draining: what is open is finished, and nothing new is let in.
         created: when the server started, seconds since 1970.
     """
@@ -41,6 +43,7 @@ class Serving:
         # One thread: a tokeniser can't be used by several at once, nor can requests be numbered.
         self._intake = ThreadPoolExecutor(1, thread_name_prefix="drex-intake")
         self._preparing = 0
+        self.texts = TokenTexts(llm.tokenizer)
         self._longest_token = max(map(len, llm.tokenizer.get_vocab())) if llm.tokenizer is not None else 0
 
     def start(self) -> None:

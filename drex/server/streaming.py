@@ -60,14 +60,15 @@ class EventStream(Response):
 
     Args:
         events: pieces to send, each with one or more whole events; closed when all is sent or the client goes.
+        patience: seconds that the client has to take a piece; one that does not read is as good as gone.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], patience: float) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._patience = events, patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -79,5 +80,9 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         async for piece in self._events:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            try:
+                async with asyncio.timeout(self._patience):
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            except TimeoutError:
+                raise ClientGoneError from None
         await send({"type": "http.response.body", "body": b"", "more_body": False})

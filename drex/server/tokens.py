@@ -8,7 +8,6 @@ from fastapi import APIRouter, Response
 
 from drex.server.chat import conversation
 from drex.server.errors import ApiError, documented
-from drex.server.logprobs import TokenTexts
 from drex.server.replies import Text, Tokens
 from drex.server.schema import DetokenizeRequest, TokenizeRequest
 from drex.server.serving import Serving
@@ -25,12 +24,11 @@ def routes(serving: Serving) -> APIRouter:
         """Token ids of a prompt, or of messages under the chat template."""
         serving.check_model(body.model)
         ids = await serving.prepare(_tokenization(serving, body), list(TokenizeRequest.model_fields))
-        texts = TokenTexts(llm.tokenizer)
         found: Tokens = {
             "count": len(ids),
             "max_model_len": llm.config.max_model_len,
             "tokens": ids,
-            "token_strs": [texts.alone(token) for token in ids] if body.return_token_strs else None,
+            "token_strs": [serving.texts.alone(token) for token in ids] if body.return_token_strs else None,
         }
         return Response(encode(found), media_type="application/json")
 
