@@ -200,7 +200,7 @@ def test_it_loads_and_says_what_is_served(visit: Visit) -> None:
         "left after layer 4",
         "went to full depth, 6 layers",
     ]
-    assert visit.page.locator("#run-ahead-field").is_hidden()
+    assert visit.page.locator("#run_ahead").input_value() == "trusted"
     assert [visit.page.locator(f"#threshold-{layer}").input_value() for layer in (2, 4)] == ["0.3", "0.3"]
 
 
@@ -245,8 +245,7 @@ def test_a_token_tells_its_confidence_on_hover_and_by_keyboard(visit: Visit) -> 
     visit.pane(0).locator(".text").focus()
     visit.page.keyboard.press("End")
     visit.page.keyboard.press("Home")
-    until(card.is_visible)
-    assert "first token always goes to full depth" in card.inner_text()
+    until(lambda: "first token always goes to full depth" in card.inner_text())
     assert "log-probability" in visit.page.locator("#said").inner_text()
     visit.page.keyboard.press("ArrowRight")
     until(lambda: "after 2" in card.inner_text())
@@ -258,6 +257,8 @@ def test_full_depth_runs_beside_it_and_the_first_difference_is_marked(visit: Vis
     visit.run(60)
     early, full = sorted(visit.sent, key=lambda body: body["early_exit"] is False)
     assert full["early_exit"] is False
+    assert early["prompt"] == "the cat sat on"
+    assert early.pop("run_ahead") == "trusted"
     assert {**early, "early_exit": False} == full
     assert set(visit.pane(1).locator(".token").evaluate_all("all => all.map(one => one.dataset.layer)")) == {"6"}
     texts = [visit.pane(n).locator(".token").evaluate_all("all => all.map(one => one.textContent)") for n in (0, 1)]
@@ -274,6 +275,7 @@ def test_sliders_change_the_request(visit: Visit) -> None:
     for name, value in (("threshold-2", 0.91), ("threshold-4", 1), ("temperature", 1.25), ("top_p", 0.6)):
         visit.set(name, value)
     visit.page.fill("#seed", "7")
+    visit.page.select_option("#run_ahead", "lossless")
     visit.run(5)
     visit.page.uncheck("#exit-2")
     visit.run(5)
@@ -283,7 +285,7 @@ def test_sliders_change_the_request(visit: Visit) -> None:
     assert both["early_exit"] == {"layers": [2, 4], "thresholds": [0.91, 1]}
     assert one["early_exit"] == {"layers": [4], "thresholds": [1]}
     assert none["early_exit"] is False
-    wanted = {"temperature": 1.25, "top_p": 0.6, "max_tokens": 5, "seed": 7, "prompt": "the cat sat on", "stream": True}
+    wanted = {"temperature": 1.25, "top_p": 0.6, "max_tokens": 5, "seed": 7, "run_ahead": "lossless"}
     assert wanted.items() <= both.items()
 
 
@@ -393,6 +395,7 @@ def test_a_key_is_asked_for_where_one_is_needed(browser: Any, make_llm: Callable
 def test_a_model_without_exits_is_shown_all_the_same(browser: Any, make_llm: Callable[..., LLM]) -> None:
     with serving(make_llm(early_exit=EarlyExit.off())) as plain, visiting(browser, url(plain)) as visit:
         visit.page.locator("#link[data-state=open]").wait_for()
+        assert visit.page.locator("#run-ahead-field").is_hidden()
         assert "no exit points" in visit.page.locator("#exits-note").inner_text()
         visit.run(10)
         assert visit.pane(0).locator(".token").count() == 10

@@ -105,7 +105,7 @@ export class Live {
     this.#drawPasses(span);
     this.#drawThroughput(state, span);
     this.#drawLevels(state, span);
-    this.#write(state);
+    this.#write(state, span);
     this.#writeHistogram(state, span);
   }
 
@@ -171,11 +171,19 @@ export class Live {
     this.values.get(this.slots).textContent = state.slots_in_use.toLocaleString("en");
   }
 
-  #write(state) {
+  /** What was achieved of the ideal, over the time shown: both follow the load, but not at the same pace. */
+  #ofIdeal(span) {
+    const { now, states } = this.#history;
+    const known = states.filter(({ time, running, ideal }) => time >= now - span && running && ideal);
+    const sum = (read) => known.reduce((total, state) => total + read(state), 0);
+    return sum((state) => state.achieved) / sum((state) => state.ideal);
+  }
+
+  #write(state, span) {
     const { seconds, of } = this.#history.growth((one) => ({ tokens: one.tokens }), 1);
     const write = (name, text) => (this.values.get(name).textContent = text);
     write("tokens/s now", seconds ? short(of.tokens / seconds) : "–");
-    write("of the ideal", percent(state.running && state.ideal ? state.achieved / state.ideal : NaN));
+    write("of the ideal", percent(this.#ofIdeal(span)));
     write("running", String(state.running));
     write("waiting", String(state.waiting));
     write("K/V in use", percent(state.slots_in_use / state.slots));

@@ -22,11 +22,11 @@ export class Settings {
     const most = $("max_tokens");
     most.max = Math.max(1, Math.min(card.max_model_len - 1, 1024));
     show(most);
-    // Engines that can't run ahead don't speak of it.
-    $("run-ahead-field").hidden = typeof run_ahead !== "string";
+    // Without exit points there is nothing to run ahead from.
+    $("run-ahead-field").hidden = !exits.length;
     const modes = RUN_AHEAD.filter((mode) => mode !== "lossless" || kv_fill === "recompute");
     $("run_ahead").replaceChildren(...modes.map((mode) => make("option", { value: mode, textContent: mode })));
-    if (typeof run_ahead === "string") $("run_ahead").value = run_ahead;
+    $("run_ahead").value = run_ahead;
   }
 
   /** The two requests of a run: with early exit, and the same at full depth. They share a seed, and so their noise. */
