@@ -54,9 +54,9 @@ def llm(make_llm: Callable[..., LLM]) -> LLM:
 
 
 @contextlib.contextmanager
-def serving(llm: LLM, **settings: Any) -> Iterator[Server]:
-    """A running server; stopped, and found idle, at the end."""
-    server = Server(Serving(llm, ServerSettings(**{"served_names": (NAME,), **settings})), "127.0.0.1", 0)
+def serving(llm: LLM, at: tuple[str, int] = ("127.0.0.1", 0), **settings: Any) -> Iterator[Server]:
+    """A running server at an address; stopped, and found idle, at the end."""
+    server = Server(Serving(llm, ServerSettings(**{"served_names": (NAME,), **settings})), *at)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

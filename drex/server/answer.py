@@ -18,11 +18,11 @@ from drex import __version__
 from drex.engine.async_engine import EngineStoppedError, Event, Stream
 from drex.outputs import TokenOutput
 from drex.server.errors import ApiError
-from drex.server.replies import FinishReason
+from drex.server.replies import FinishReason, TokenExit
 from drex.server.schema import Generation
 from drex.server.serving import Serving
 from drex.server.streaming import DONE, EventStream, encode, event, unless_gone
-from drex.server.usage import Tally
+from drex.server.usage import Tally, token_exits
 
 FINGERPRINT = f"drex-{__version__}"
 
@@ -83,6 +83,10 @@ class Answer(ABC):
     def kept(self, tokens: Sequence[TokenOutput]) -> Sequence[TokenOutput]:
         """Those of some tokens that belong to the answer."""
         return tokens
+
+    def exits(self, tokens: Sequence[TokenOutput]) -> list[TokenExit]:
+        """Where tokens left, and what each exit point said of them."""
+        return token_exits(tokens, self._serving.llm.model.exits.layers)
 
     async def respond(self) -> Response:
         """The reply; raises ApiError, or ClientGoneError if nobody waits for it."""

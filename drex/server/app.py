@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.staticfiles import StaticFiles
 
 from drex import __version__
-from drex.server import chat, completions, errors, monitor, tokens
+from drex.server import chat, completions, errors, monitor, page, tokens
 from drex.server.middleware import BodyLimit, Guard, RequestLog
 from drex.server.serving import Serving
 from drex.server.settings import Keys
-from drex.server.streaming import encode
-
-STATIC = Path(__file__).with_name("static")
 
 
 def create_app(serving: Serving) -> FastAPI:
@@ -37,7 +32,7 @@ def create_app(serving: Serving) -> FastAPI:
     errors.install(app)
     for module in (completions, chat, tokens, monitor):
         app.include_router(module.routes(serving))
-    _front(app)
+    app.include_router(page.routes())
     _document(app)
     settings = serving.settings
     app.add_middleware(BodyLimit, most=settings.max_body_bytes, seconds=settings.body_timeout)
@@ -52,18 +47,6 @@ def create_app(serving: Serving) -> FastAPI:
             expose_headers=["x-request-id", "retry-after"],
         )
     return app
-
-
-def _front(app: FastAPI) -> None:
-    """What is at `/`: the page, if this installation has one, or else what there is."""
-    if STATIC.is_dir():
-        app.mount("/", StaticFiles(directory=STATIC, html=True))
-        return
-
-    @app.get("/", include_in_schema=False)
-    async def index() -> Response:
-        found = {path: sorted(methods) for path, methods in app.openapi()["paths"].items()}
-        return Response(encode({"drex": __version__, "endpoints": found}), media_type="application/json")
 
 
 def _document(app: FastAPI) -> None:

@@ -17,7 +17,6 @@ from drex.server.replies import ChatChoice, ChatChunkChoice, ChatCompletion, Cha
 from drex.server.sampling import check_length, check_stream_options, sampling_params
 from drex.server.schema import ChatMessage, ChatRequest
 from drex.server.serving import Serving
-from drex.server.usage import token_exits
 
 
 def routes(serving: Serving) -> APIRouter:
@@ -106,7 +105,7 @@ class ChatAnswer(Answer):
             "stop_reason": whole.stop_reason,
         }
         if self.body.return_exit_layers:
-            choice["tokens"] = token_exits(whole.tokens)
+            choice["tokens"] = self.exits(whole.tokens)
         return choice
 
     def pieces(self, number: int, event: Event) -> Sequence[ChatChunkChoice]:
@@ -120,7 +119,7 @@ class ChatAnswer(Answer):
             "finish_reason": finish_reason(event),
         }
         if body.return_exit_layers:
-            piece["tokens"] = token_exits(chunk.tokens)
+            piece["tokens"] = self.exits(chunk.tokens)
         if event.whole is not None:
             piece["stop_reason"] = event.whole.stop_reason
         return [piece]

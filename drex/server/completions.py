@@ -17,7 +17,6 @@ from drex.server.replies import Completion, CompletionChoice, CompletionLogprobs
 from drex.server.sampling import check_length, check_stream_options, sampling_params, scores_exits
 from drex.server.schema import CompletionRequest
 from drex.server.serving import Serving
-from drex.server.usage import token_exits
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -143,7 +142,7 @@ class CompletionAnswer(Answer):
             "stop_reason": None if event.whole is None else event.whole.stop_reason,
         }
         if self.body.return_exit_layers:
-            choice["tokens"] = token_exits(tokens)
+            choice["tokens"] = self.exits(tokens)
         return choice
 
     def _echoed(self, request: EngineRequest, number: int) -> str:

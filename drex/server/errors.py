@@ -105,7 +105,7 @@ def install(app: FastAPI) -> None:
             return error.__cause__.response()
         said = str(error.detail)
         if error.status_code == 404:
-            said = f"there is no {request.url.path} here: GET / lists what there is"
+            said = f"there is no {request.url.path} here: GET /openapi.json lists what there is"
         elif error.status_code == 405:
             said = f"{request.url.path} does not take {request.method}"
         elif error.status_code == 400:

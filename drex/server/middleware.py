@@ -21,8 +21,8 @@ log = logging.getLogger("drex.server.access")
 GUARDED = ("/v1", "/tokenize", "/detokenize")
 """Paths, with all below them, that need a key where keys are set."""
 REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,128}$")
-QUIET = ("/health", "/metrics", "/live", "/")
-"""Paths whose requests are logged only if something is wrong with them."""
+QUIET = ("/health", "/metrics", "/live", "/", "/static")
+"""Paths, with all directly below them, whose requests are logged only if something is wrong with them."""
 
 
 class RequestLog:
@@ -68,7 +68,7 @@ class RequestLog:
         route = scope.get("route")
         self._telemetry.replied(getattr(route, "path", "other"), status)
         level = logging.INFO if status < 500 else logging.ERROR
-        if scope["path"] in QUIET and status < 400:
+        if (scope["path"] in QUIET or scope["path"].rpartition("/")[0] in QUIET) and status < 400:
             level = logging.DEBUG
         client = scope.get("client")
         fields = {

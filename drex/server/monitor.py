@@ -19,6 +19,8 @@ from drex.server.streaming import EventStream, encode, event
 
 LIVE_SECONDS = 0.2
 """Between two events of /live."""
+OVERLAP = 3
+"""Events of /live that a pass is told in."""
 MAX_WATCHERS = 32
 
 
@@ -136,8 +138,11 @@ class Watch:
     def _describe(self, report: dict[str, Any]) -> Live:
         telemetry = self._serving.telemetry
         layers = self._serving.llm.model.exits.layers
+        now = time.monotonic()
+        # A copy first: the engine's thread may add to it at any time.
+        recent = [one for one in telemetry.latest.copy() if one["time"] > now - OVERLAP * LIVE_SECONDS]
         return {
-            "time": round(time.monotonic() - self._started, 3),
+            "time": round(now - self._started, 3),
             "running": report["running"],
             "waiting": report["waiting"],
             "buffered": {str(layer): count for layer, count in zip(layers, report["buffered"], strict=True)},
@@ -147,6 +152,7 @@ class Watch:
             "full": report["full"],
             "exits": {str(layer): count for layer, count in telemetry.exit_counts.items()},
             "segments": [segment.copy() for segment in telemetry.segments],
+            "passes": [{**one, "time": round(one["time"] - self._started, 4)} for one in recent],
             "tokens": telemetry.tokens,
             "slots_in_use": report["slots_in_use"],
             "slots": report["slots"],

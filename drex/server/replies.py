@@ -46,13 +46,25 @@ class Usage(TypedDict):
     early_exit: ExitUsage | None
 
 
+class ExitCheck(TypedDict):
+    """What the exit point after `layer` said of a token, and the threshold that was in force there."""
+
+    layer: int
+    confidence: float
+    threshold: float
+
+
 class TokenExit(TypedDict):
-    """One token with `return_exit_layers`: its id, text, layers executed, and the confidence it left with."""
+    """One token with `return_exit_layers`: its id, text, layers executed, and the confidence it left with.
+
+    `checks` are those of every exit point on its way; a request's first token has none.
+    """
 
     id: int
     text: str
     exit_layer: int
     confidence: float
+    checks: list[ExitCheck]
 
 
 class CompletionLogprobs(TypedDict):
@@ -230,6 +242,20 @@ class SegmentWork(TypedDict):
     seconds: float
 
 
+class LivePass(TypedDict):
+    """A pass, for those who watch: `time` when it ended, `waiting` the rows in each exit point's buffer before it.
+
+    `waiting` is null where nothing was to be chosen, so that nobody looked.
+    """
+
+    number: int
+    time: float
+    seconds: float
+    segment: int
+    rows: int
+    waiting: list[int] | None
+
+
 class Live(TypedDict):
     """One event of `/live`: the engine between two passes.
 
@@ -240,6 +266,7 @@ class Live(TypedDict):
         achieved, theta_star, ideal, full: tokens a second while decoding; null where that isn't known yet.
         exits: tokens so far, by layers executed.
         segments: passes, rows and seconds so far, one entry a segment.
+        passes: the latest ones; events overlap, so that none is missed: tell them apart by number.
         tokens: so far.
         slots_in_use, slots: of K/V.
     """
@@ -254,6 +281,7 @@ class Live(TypedDict):
     full: float | None
     exits: dict[str, int]
     segments: list[SegmentWork]
+    passes: list[LivePass]
     tokens: int
     slots_in_use: int
     slots: int

@@ -5,6 +5,8 @@ Events are counted in the engine's thread as they happen; the rest is read from 
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +16,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from drex.engine.async_engine import Event, Timing
 from drex.engine.metrics import PassRecord
 from drex.request import Request
-from drex.server.replies import SegmentWork
+from drex.server.replies import LivePass, SegmentWork
 
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10)
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 MODEL = "model_name"
+LATEST = 256
+"""Passes that are remembered one by one."""
 
 
 class Telemetry:
@@ -34,12 +38,14 @@ class Telemetry:
         exit_counts: tokens so far, by layers executed.
         segments: passes, rows and seconds so far, by segment.
         tokens: so far.
+        latest: the last passes, their times by `time.monotonic`.
     """
 
     def __init__(self, model_name: str, exits: Sequence[int], num_layers: int) -> None:
         self.exit_counts = dict.fromkeys((*exits, num_layers), 0)
         self.segments: list[SegmentWork] = [{"passes": 0, "rows": 0, "seconds": 0.0} for _ in range(len(exits) + 1)]
         self.tokens = 0
+        self.latest: deque[LivePass] = deque(maxlen=LATEST)
         self._exits, self._model_name = tuple(exits), model_name
         self._waited_rows = [0] * len(exits)
         self._waited_seconds = [0.0] * len(exits)
@@ -92,6 +98,16 @@ class Telemetry:
         for boundary, waiting in enumerate(record.live[1:]):
             self._waited_seconds[boundary] += waiting * record.seconds
         self._iteration.observe(rows)
+        self.latest.append(
+            {
+                "number": record.number,
+                "time": time.monotonic(),
+                "seconds": record.seconds,
+                "segment": record.segment,
+                "rows": rows,
+                "waiting": list(record.live[1:]) or None,
+            }
+        )
 
     def emitted(self, event: Event, timing: Timing, now: float) -> None:
         """A request got tokens or ended."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,9 +45,18 @@ class Tally:
         return usage
 
 
-def token_exits(tokens: Iterable[TokenOutput]) -> list[TokenExit]:
-    """What `return_exit_layers` adds."""
+def token_exits(tokens: Iterable[TokenOutput], layers: Sequence[int]) -> list[TokenExit]:
+    """What `return_exit_layers` adds; `layers` are those after which there is an exit point."""
     return [
-        {"id": token.id, "text": token.text, "exit_layer": token.exit_layer, "confidence": token.confidence}
+        {
+            "id": token.id,
+            "text": token.text,
+            "exit_layer": token.exit_layer,
+            "confidence": token.confidence,
+            "checks": [
+                {"layer": layers[check.exit_index], "confidence": check.confidence, "threshold": check.threshold}
+                for check in token.checks
+            ],
+        }
         for token in tokens
     ]
