@@ -29,7 +29,7 @@ from drex.engine.metrics import PassRecord
 from drex.request import Request, SamplingParams
 
 PROMPT = 8
-FEWEST = 96
+FEWEST = 64
 """Tokens that a turn has at least, all requests together."""
 console = Console(width=160)
 

@@ -141,8 +141,7 @@ class Placement:
         first = np.searchsorted(span, np.arange(len(seats)))
         entries = before[span] + number - number[first][span]
         rows, skipped = seats[span], takes & ~runs
-        cells = np.empty((self.layout.parts(segment), int(runs.sum())), dtype=np.int64)
-        cells[:] = self.pool.append(segment, rows[runs], entries[runs])
+        cells = self.pool.append(segment, rows[runs], entries[runs])
         self._append_aliases(segment, rows[skipped], entries[skipped], positions[skipped])
         return entries, cells
 
