@@ -4,7 +4,8 @@
 
 N requests with prompts of at most 8 tokens start together; the window that counts begins and ends where nothing waits
 in a buffer, with all N decoding. θ*, ideal and full depth are solved from whole-step wall times of the same run.
-Policies take turns.
+Policies take turns. Beside each rate stands the same passes costed by the pooled times that θ* is solved from: where the
+machine's speed drifts from turn to turn, that tells decisions from drift.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from drex.engine.metrics import PassRecord
 from drex.request import Request, SamplingParams
 
 PROMPT = 8
-FEWEST = 64
+FEWEST = 128
 """Tokens that a turn has at least, all requests together."""
 console = Console(width=160)
 
@@ -58,6 +59,12 @@ def window(history: Sequence[PassRecord], in_flight: int) -> list[PassRecord]:
 def rate(records: Sequence[PassRecord]) -> float:
     """Tokens a second."""
     return sum(record.tokens for record in records) / sum(record.seconds for record in records)
+
+
+def costed(records: Sequence[PassRecord], found: Found) -> float:
+    """Tokens a second if each pass had taken what such passes took in the whole run, of all policies."""
+    seconds = sum(found.cost.predict(record.segment, record.load) for record in records)
+    return sum(record.tokens for record in records) / seconds
 
 
 def requests(subject: Subject, cell: Cell, tokens: int) -> list[tuple[float, Request]]:
@@ -115,6 +122,7 @@ def _summary(cells: list[Cell], windows: dict[str, list[list[PassRecord]]], foun
             "tokens_per_s": achieved,
             "each": rates,
             "of_optimum": achieved / optimal,
+            "costed_of_optimum": None if cell.policy == "full" else costed(cell.history, found) / optimal,
             "of_full": achieved / found.full,
             "involuntary_exits": cell.metrics.involuntary_exits,
             "involuntary_stays": cell.metrics.involuntary_stays,
@@ -143,11 +151,16 @@ def show(title: str, cells: list[dict[str, Any]]) -> None:
         table.add_row(
             str(cell["in_flight"]),
             *(f"{cell[key]:.1f}" for key in ("theta_star", "ideal", "full")),
-            *(f"{policies[name]['tokens_per_s']:.1f} ({policies[name]['of_optimum']:.3f})" for name in names),
+            *(_rate(policies[name]) for name in names),
             f"{ours['right']}/{ours['decisions']}" if ours else "",
             f"{error['p50']:.1%} / {error['p90']:.1%}" if error else "",
         )
     console.print(table)
+
+
+def _rate(policy: dict[str, Any]) -> str:
+    both = [policy["of_optimum"], policy["costed_of_optimum"]]
+    return f"{policy['tokens_per_s']:.1f} ({', '.join(f'{share:.3f}' for share in both if share is not None)})"
 
 
 def main() -> None:
@@ -172,7 +185,7 @@ def main() -> None:
             subject.config = replace(config, max_num_seqs=max(counts))
             cells.append(measure(subject, count, options))
             console.print(f"{exit_rate}: {count} in flight done", style="dim")
-        title = f"{subject.name} ({subject.label}), exit rate {exit_rate}, {options.kv_fill}, tokens/s (share of θ*)"
+        title = f"{subject.name} ({subject.label}), exit rate {exit_rate}, {options.kv_fill}, tokens/s (share of θ*, costed share)"
         show(title, cells)
         found["runs"].append({"exit_rate": exit_rate, "label": subject.label, "cells": cells})
         if options.shape == "bundled":
