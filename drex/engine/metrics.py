@@ -80,13 +80,12 @@ class Metrics:
             name = request.request_id
             self._longest_gap[name] = max(seconds, self._longest_gap.get(name, 0.0))
 
-    def ended(self, request: Request, now: float) -> None:
-        """A request ended, for whatever reason."""
-        assert request.finish_reason is not None
-        self.finished[request.finish_reason.value] += 1
+    def ended(self, request: Request, reason: FinishReason, now: float) -> None:
+        """A request ended."""
+        self.finished[reason.value] += 1
         longest = self._longest_gap.pop(request.request_id, 0.0)
         self._count_exits(request)
-        if request.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
+        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
             return
         assert request.first_token_at is not None
         ttft, rct = request.first_token_at - request.arrived_at, now - request.arrived_at
