@@ -4,8 +4,8 @@
 
 N requests with prompts of at most 8 tokens start together; the window that counts begins and ends where nothing waits
 in a buffer, with all N decoding. θ*, ideal and full depth are solved from whole-step wall times of the same run.
-Policies take turns. Beside each rate stands the same passes costed by the pooled times that θ* is solved from: where the
-machine's speed drifts from turn to turn, that tells decisions from drift.
+Policies take turns. Beside each rate stand the same passes costed by the pooled times that θ* is solved from: where
+the machine's speed drifts from turn to turn, that tells decisions from drift.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from drex.bench.runner import Cell, take_turns
 from drex.bench.subject import Subject, synthetic, trained
 from drex.bench.yardsticks import Found, accuracy, yardstick
 from drex.config import EngineConfig, ExitRule
+from drex.control.cost import CostModel
 from drex.engine.metrics import PassRecord
 from drex.request import Request, SamplingParams
+from drex.sim.executor import ExitSource, VirtualExecutor
 
 PROMPT = 8
+VIRTUAL = "no model runs: passes take what this machine's profile says, so that nothing but decisions is compared"
 FEWEST = 128
 """Tokens that a turn has at least, all requests together."""
 console = Console(width=160)
@@ -46,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--passes", type=int, default=60, help="output tokens of a request; more at few in flight")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--virtual", action="store_true", help=VIRTUAL)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -91,10 +95,18 @@ def requests(subject: Subject, cell: Cell, tokens: int) -> list[tuple[float, Req
     ]
 
 
+def virtual(subject: Subject, cell: Cell, exits: ExitSource | None = None) -> VirtualExecutor:
+    """Runs no model: passes take what the subject's profile says."""
+    return VirtualExecutor(CostModel(subject.profiles[cell.engine.scheduler.segments]), exits)
+
+
 def measure(subject: Subject, in_flight: int, options: argparse.Namespace) -> dict[str, Any]:
     """All policies at one count in flight."""
     tokens = max(options.passes, FEWEST // in_flight)
     cells = [Cell(policy, in_flight, subject.engine(policy, in_flight)) for policy in options.policies.split(",")]
+    if options.virtual:
+        for cell in cells:
+            cell.engine.executor = virtual(subject, cell)
     windows: dict[str, list[list[PassRecord]]] = {cell.policy: [] for cell in cells}
 
     def told(cell: Cell) -> None:
@@ -185,7 +197,8 @@ def main() -> None:
             subject.config = replace(config, max_num_seqs=max(counts))
             cells.append(measure(subject, count, options))
             console.print(f"{exit_rate}: {count} in flight done", style="dim")
-        title = f"{subject.name} ({subject.label}), exit rate {exit_rate}, {options.kv_fill}, tokens/s (share of θ*, costed share)"
+        title = f"{subject.name} ({subject.label}), exit rate {exit_rate}, {options.kv_fill}"
+        title += ", tokens/s (share of θ*, costed share)"
         show(title, cells)
         found["runs"].append({"exit_rate": exit_rate, "label": subject.label, "cells": cells})
         if options.shape == "bundled":
