@@ -42,14 +42,14 @@ def seconds(action: Callable[[], object], repeats: int = REPEATS) -> float:
         end.synchronize()
         if turn >= 2:
             times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def bandwidth() -> float:
     """Bytes a second that a large copy reads and writes."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source))
+    return float(2 * source.numel() / seconds(lambda: target.copy_(source)))
 
 
 def parity(long: bool) -> list[dict[str, Any]]:

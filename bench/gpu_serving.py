@@ -110,7 +110,7 @@ class Watched:
         """Of the time from the first pass's start to the last one's end."""
         torch.cuda.synchronize()
         gaps = [end.elapsed_time(begin) for (_, end), (begin, _) in zip(self.marks, self.marks[1:], strict=False)]
-        return sum(max(0.0, gap) for gap in gaps) / self.marks[0][0].elapsed_time(self.marks[-1][1])
+        return float(sum(max(0.0, gap) for gap in gaps) / self.marks[0][0].elapsed_time(self.marks[-1][1]))
 
 
 def idle(long: bool) -> list[dict[str, Any]]:
@@ -147,7 +147,7 @@ def peers(long: bool) -> list[dict[str, Any]]:
         work = _workload(subject, 32)
         cell = Cell("full", 32, subject.engine("full", 32))
         cell.warm_up(work.requests(subject, cell.engine, -1))
-        model: Any = _as_transformers(subject)
+        model = _as_transformers(subject)
         prompts = [list(request.prompt) for _, request in work.requests(subject, cell.engine, 0)]
         theirs = []
         for turn in range(3):
@@ -168,12 +168,12 @@ def peers(long: bool) -> list[dict[str, Any]]:
     return out
 
 
-def _as_transformers(subject: Subject) -> LlamaForCausalLM:
+def _as_transformers(subject: Subject) -> Any:
     """The same weights, shared, in transformers' model."""
     decoder = subject.model.decoder
     spec = decoder.spec
     with torch.device("meta"):
-        model = LlamaForCausalLM(spec.config)
+        model: Any = LlamaForCausalLM(spec.config)  # type: ignore[arg-type]
     heads, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     state = {"model.embed_tokens.weight": decoder.embedding, "model.norm.weight": decoder.final_norm_weight}
     state["lm_head.weight"] = decoder.lm_head

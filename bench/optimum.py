@@ -96,8 +96,11 @@ def requests(subject: Subject, cell: Cell, tokens: int) -> list[tuple[float, Req
 
 
 def virtual(subject: Subject, cell: Cell, exits: ExitSource | None = None) -> VirtualExecutor:
-    """Runs no model: passes take what the subject's profile says."""
-    return VirtualExecutor(CostModel(subject.profiles[cell.engine.scheduler.segments]), exits)
+    """Runs no model: passes take what the subject's profile with exits says, those of full depth all its segments."""
+    profile = subject.profiles[len(subject.model.layout.lengths)]
+    if cell.engine.scheduler.segments == 1:
+        profile = profile.with_exits(())
+    return VirtualExecutor(CostModel(profile), exits)
 
 
 def measure(subject: Subject, in_flight: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -141,8 +144,7 @@ def _summary(cells: list[Cell], windows: dict[str, list[list[PassRecord]]], foun
             "cost_error": cell.engine.scheduler.cost.error_quantiles(),
         }
         if cell.policy == "drex":
-            right, decisions = accuracy(cell, found)
-            policies[cell.policy] |= {"right": right, "decisions": decisions}
+            policies[cell.policy] |= accuracy(cell, found)._asdict()
     return {
         "theta_star": found.optimal,
         "ideal": found.ideal,
@@ -155,7 +157,7 @@ def _summary(cells: list[Cell], windows: dict[str, list[list[PassRecord]]], foun
 def show(title: str, cells: list[dict[str, Any]]) -> None:
     """A table of one exit rate."""
     names = list(cells[0]["policies"])
-    table = Table("N", "θ*", "ideal", "full", *names, "right decisions", "cost error p50 / p90", title=title)
+    table = Table("N", "θ*", "ideal", "full", *names, "right predictions", "cost error p50 / p90", title=title)
     for cell in cells:
         policies = cell["policies"]
         ours = policies.get("drex", {})
@@ -164,7 +166,7 @@ def show(title: str, cells: list[dict[str, Any]]) -> None:
             str(cell["in_flight"]),
             *(f"{cell[key]:.1f}" for key in ("theta_star", "ideal", "full")),
             *(_rate(policies[name]) for name in names),
-            f"{ours['right']}/{ours['decisions']}" if ours else "",
+            f"{ours['right']}/{ours['decisions']}, {ours['ties']} ties" if ours else "",
             f"{error['p50']:.1%} / {error['p90']:.1%}" if error else "",
         )
     console.print(table)

@@ -318,6 +318,8 @@ def test_a_second_run_on_the_same_engine_comes_to_an_end() -> None:
 class Jittery:
     """A virtual machine whose passes take between half and twice as long as predicted, by chance."""
 
+    asynchronous = False
+
     def __init__(self, inner: VirtualExecutor, seed: int) -> None:
         self.inner, self.draw, self.clock = inner, random.Random(seed), 0.0
 

@@ -59,7 +59,7 @@ class FusedLayers:
             vector = self._pack(_graph_room(rows, parts), batch, self._tile)
             before, hidden = self.graphs.replay(segment, rows, vector)
         else:
-            wide = batch.full.size >= LONG_SPAN * max(1, np.count_nonzero(batch.sizes))
+            wide = batch.full.size >= LONG_SPAN * max(1, int(np.count_nonzero(batch.sizes)))
             tile_rows = self._wide_tile if wide else self._tile
             room = Room(batch.full.size, batch.fill.size, count_tiles(batch.sizes, tile_rows), parts)
             vector = self._pack(room, batch, tile_rows).to(machinery.decoder.device, non_blocking=True)
@@ -165,8 +165,12 @@ class _Attention:
             Partial.empty(room.full, spec.num_heads, self.splits, spec.head_dim, device) if self.splits > 1 else None
         )
         self.tiles = Tiles(
-            *(field[name] for name in ("tile_first", "tile_rows", "tile_seats", "tile_in_run", "tile_starts")),
-            field["visible"],
+            first=field["tile_first"],
+            rows=field["tile_rows"],
+            seats=field["tile_seats"],
+            in_run=field["tile_in_run"],
+            starts=field["tile_starts"],
+            visible=field["visible"],
         )
 
     def run(self, number: int, layer: LayerWeights, normed: Tensor) -> Tensor:
@@ -178,14 +182,32 @@ class _Attention:
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         rotate_and_write(
             F.linear(normed, layer.qkv, layer.qkv_bias),
-            *(field["positions"], field["cells"][part], field["counts"], machinery.cos, machinery.sin),
-            *(norms, spec.eps, plane, queries, pool.keys, pool.values),
+            field["positions"],
+            field["cells"][part],
+            field["counts"],
+            machinery.cos,
+            machinery.sin,
+            norms,
+            spec.eps,
+            plane,
+            queries,
+            pool.keys,
+            pool.values,
         )
         attended = normed.new_empty(full, spec.num_heads * spec.head_dim)
         if full:
             attend(
-                *(queries[:full], pool.keys, pool.values, plane, part),
-                *(machinery.tables.cells[self.segment][part], machinery.tables.aliased[self.segment]),
-                *(self.tiles, self.tile_rows, self.splits, self.partial, attended),
+                queries[:full],
+                pool.keys,
+                pool.values,
+                plane,
+                part,
+                machinery.tables.cells[self.segment][part],
+                machinery.tables.aliased[self.segment],
+                self.tiles,
+                self.tile_rows,
+                self.splits,
+                self.partial,
+                attended,
             )
         return attended

@@ -37,10 +37,14 @@ class _Sample:
 
 
 class _UnderWay(NamedTuple):
-    """A pass that was submitted: what it was chosen from, when it was begun to be planned, and when it was."""
+    """A pass that was submitted: what it was chosen from, when it was begun to be planned, and when it was.
+
+    `gain` is as of `PassRecord`.
+    """
 
     batch: Pass
     view: View | None
+    gain: float | None
     started: float
     planned: float
 
@@ -159,7 +163,9 @@ class Engine:
         batch = self.scheduler.next(started)
         if batch is None:
             return None
-        under_way = _UnderWay(batch, self.scheduler.view, started, self.executor.now())
+        view, found = self.scheduler.view, self.scheduler.policy.rule.outlook.yardstick
+        gain = None if view is None or found is None or view.prompts else found.gain(view.ready, view.live[1:])
+        under_way = _UnderWay(batch, view, gain, started, self.executor.now())
         try:
             self.executor.submit(batch)
         except BaseException as error:
@@ -224,7 +230,16 @@ class Engine:
         ready, live = (view.ready, tuple(view.live)) if view is not None else (0, ())
         load = Load.of(batch)
         return PassRecord(
-            batch.number, batch.segment, ready, live, work.prompts > 0, load, work.decided, done.started, seconds
+            batch.number,
+            batch.segment,
+            ready,
+            live,
+            work.prompts > 0,
+            load,
+            done.gain,
+            work.decided,
+            done.started,
+            seconds,
         )
 
     def _emit(self, request: Request, error: Exception | None, now: float) -> Emitted:

@@ -29,6 +29,8 @@ class PassRecord(NamedTuple):
         live: rows that waited at each segment (0 at segment 0).
         prompts: whether requests other than decoding ones took part.
         load: what it had to do.
+        gain: what flushing was predicted to be worth more than going on, in tokens, when both were possible and the
+            yardstick for as many requests was at hand; else None.
         tokens: decided by it.
         started, seconds: of the whole step.
     """
@@ -39,6 +41,7 @@ class PassRecord(NamedTuple):
     live: tuple[int, ...]
     prompts: bool
     load: Load
+    gain: float | None
     tokens: int
     started: float
     seconds: float

@@ -58,7 +58,7 @@ class FusedReductions:
 
 def _splits(rows: int, vocab: int) -> int:
     wanted = triton.next_power_of_2(max(1, FEWEST_PROGRAMS // max(1, rows)))
-    return min(wanted, triton.next_power_of_2(triton.cdiv(vocab, BLOCK)), 64)
+    return int(min(wanted, triton.next_power_of_2(triton.cdiv(vocab, BLOCK)), 64))
 
 
 @triton.jit
