@@ -24,6 +24,9 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class SegmentRunner:
     """Executes passes, one at a time.
 
+    Attributes:
+        kernels: `torch` or `triton`.
+
     Args:
         decoder: the model.
         heads: an exit head and its probe, or None, for each exit point.
@@ -58,7 +61,8 @@ class SegmentRunner:
         tables = KVTables(layout, seats, max_length, device)
         cos, sin = decoder.rotary_table(max_length)
         self._machinery = Machinery(decoder, self.heads, layout, self.pool, tables, self.arena, cos, sin)
-        self._layers, self._reductions = _backend(self._machinery, pick_kernels(kernels, decoder), graph_rows)
+        self.kernels = pick_kernels(kernels, decoder)
+        self._layers, self._reductions = _backend(self._machinery, self.kernels, graph_rows)
 
     def capture(self) -> None:
         """Capture CUDA graphs, if passes are to replay any."""
