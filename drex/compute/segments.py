@@ -24,9 +24,6 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class SegmentRunner:
     """Executes passes, one at a time.
 
-    Attributes:
-        kernels: `torch` or `triton`.
-
     Args:
         decoder: the model.
         heads: an exit head and its probe, or None, for each exit point.
@@ -37,6 +34,9 @@ class SegmentRunner:
         max_length: positions a request may reach.
         kernels: `torch`, `triton`, or `auto`: Triton's on a GPU.
         graph_rows: up to so many rows, passes replay CUDA graphs where there is a GPU; 0 for none.
+
+    Attributes:
+        kernels: `torch` or `triton`.
 
     Raises:
         ValueError: kernels that can't be had.
