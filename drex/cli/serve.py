@@ -23,6 +23,7 @@ from drex.cli.common import (
 if TYPE_CHECKING:
     from drex.llm import LLM
 
+MOST_PORT = 2**16 - 1
 LIBRARIES = ("fastapi", "uvicorn", "uvloop", "httptools", "prometheus_client")
 
 
@@ -75,6 +76,8 @@ def serve(
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'the server\'s libraries are missing ({", ".join(missing)}): pip install "drex[server]"')
+    if not 0 <= port <= MOST_PORT:  # what listens would take the remainder
+        raise ValueError(f"--port is {port}: give 1 to {MOST_PORT}, or 0 for any that is free")
     from drex.compute.load import BUNDLED
     from drex.llm import LLM
     from drex.server.logs import logging_to_stderr
