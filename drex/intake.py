@@ -159,7 +159,7 @@ class Intake:
             raise ValueError(f"{length} tokens, and max_model_len is {self.config.max_model_len}: shorten the text")
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= self._last_token:
-                raise ValueError(f"token id {token!r}: the vocabulary has ids 0..{self._last_token}")
+                raise ValueError(f"the prompt has token id {token!r}: the vocabulary has ids 0..{self._last_token}")
 
 
 def check_unicode(text: str) -> None:

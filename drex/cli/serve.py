@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ from drex.cli.common import (
 if TYPE_CHECKING:
     from drex.llm import LLM
 
+MOST_PORT = 2**16 - 1
 LIBRARIES = ("fastapi", "uvicorn", "uvloop", "httptools", "prometheus_client")
 
 
@@ -75,6 +77,8 @@ def serve(
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'the server\'s libraries are missing ({", ".join(missing)}): pip install "drex[server]"')
+    if not 0 <= port <= MOST_PORT:  # what listens would take the remainder
+        raise ValueError(f"--port is {port}: give 1 to {MOST_PORT}, or 0 for any that is free")
     from drex.compute.load import BUNDLED
     from drex.llm import LLM
     from drex.server.logs import logging_to_stderr
@@ -93,7 +97,7 @@ def serve(
         log_prompts=log_prompts,
     )
     early_exit = early_exit_from(exits, thresholds, criterion, kv_fill, full_depth)
-    with logging_to_stderr(log_format):
+    with logging_to_stderr(log_format) as log:
         llm = LLM(
             model,
             early_exit=early_exit,
@@ -116,6 +120,8 @@ def serve(
         if chat_template is not None:
             _use_template(llm, chat_template)
         code = run(llm, settings, host, port)
+    if log.stuck:
+        os._exit(code)
     raise typer.Exit(code)
 
 

@@ -28,7 +28,7 @@ def routes(serving: Serving) -> APIRouter:
         """The next turn of a conversation."""
         name = serving.check_model(body.model)
         check_stream_options(body)
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs goes with logprobs: true", "top_logprobs")
         params = sampling_params(body, _max_tokens(body, serving), body.top_logprobs or None)
         messages = conversation(body.messages, serving)

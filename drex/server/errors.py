@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from drex.engine.async_engine import EngineStoppedError
 from drex.server.replies import ErrorReply
-from drex.server.schema import FORMS, UNSUPPORTED
+from drex.server.schema import FORMS, UNSUPPORTED, EarlyExitOptions
 from drex.server.streaming import encode
 
 TYPES = {
@@ -48,9 +48,12 @@ class ApiError(Exception):
 
     @classmethod
     def of(cls, error: ValueError, fields: Sequence[str]) -> ApiError:
-        """What the library refused: its messages begin with the field, if they are about one."""
+        """What the library refused: its messages begin with the field, or `early_exit`'s, if they are about one."""
         found = FIELD.match(str(error))
-        return cls(400, str(error), found[1] if found and found[1] in fields else None)
+        name = found[1] if found else None
+        if name in EarlyExitOptions.model_fields and "early_exit" in fields:
+            return cls(400, f"early_exit.{error}", "early_exit")
+        return cls(400, str(error), name if name in fields else None)
 
     def body(self) -> ErrorReply:
         """OpenAI's error body."""

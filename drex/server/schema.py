@@ -74,7 +74,20 @@ class Unsupported(Strict):
     use_beam_search: Literal[False] | None = None
     length_penalty: Literal[1] | None = None
     prompt_logprobs: None = None
+    prompt_embeds: None = None
+    prompt_cache_key: None = None
+    prompt_cache_options: None = None
+    prompt_cache_retention: None = None
+    cache_salt: None = None
+    moderation: None = None
     truncate_prompt_tokens: None = None
+    return_token_ids: Literal[False] | None = None
+    return_tokens_as_token_ids: Literal[False] | None = None
+    kv_transfer_params: None = None
+    media_io_kwargs: None = None
+    mm_processor_kwargs: None = None
+    vllm_xargs: None = None
+    request_id: None = None
     spaces_between_special_tokens: Literal[True] | None = None
     guided_json: None = None
     guided_regex: None = None
@@ -117,6 +130,7 @@ class Generation(Unsupported):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    safety_identifier: str | None = Field(None, description="a newer name of user")
     early_exit: EarlyExitOptions | Literal[False] | None = Field(
         None, description="an object with early-exit settings, or false for full depth"
     )

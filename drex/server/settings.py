@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,10 +46,10 @@ class ServerSettings:
         if not self.served_names or not all(self.served_names):
             raise ValueError("--served-model-name is empty: give a name, or leave it out")
         for name, least in (("max_body_bytes", 1), ("max_queue", 0), ("shutdown_timeout", 0)):
-            if getattr(self, name) < least:
+            if not least <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least {least}")
         for name in ("request_timeout", "body_timeout"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give seconds above 0")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import socket
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.resources.chat.completions import Completions as ChatCompletions
+from openai.resources.completions import Completions
 from server_fixtures import NAME, until
 
 from drex.server.run import Server
+from drex.server.schema import ChatRequest, CompletionRequest
 
 BIG = 10**40
 CHAT = [{"role": "user", "content": "x"}]
@@ -63,8 +67,22 @@ OUT_OF_RANGE: list[tuple[str, list[Any]]] = [
     ("user", [1]),
     ("model", [1]),
     ("best_of", [2, 0]),
-    ("early_exit", [True, "off", {"thresholds": "x"}, {"layers": [3]}, {"x": 1}, {"kv_fill": "mask"}, {"patience": 0}]),
-    ("prompt", [None, "", [], [[]], [1, "x"], ["x", ""], [-1], {}, 5, "x" * 100_000, [5] * 1024]),
+    (
+        "early_exit",
+        [
+            True,
+            "off",
+            {"thresholds": "x"},
+            {"layers": [3]},
+            {"x": 1},
+            {"kv_fill": "mask"},
+            {"patience": 0},
+            {"thresholds": [0.1, 0.2, 0.3]},
+            {"criterion": "probe"},
+        ],
+    ),
+    ("prompt", [None, "", [], [[]], [1, "x"], ["x", ""], [-1], {}, 5, "x" * 100_000, [5] * 1024, [5, 270]]),
+    ("safety_identifier", [1]),
 ]
 
 
@@ -91,6 +109,10 @@ UNSUPPORTED: list[tuple[str, Any, list[Any]]] = [
     ("modalities", ["audio"], [None, ["text"]]),
     ("metadata", {"a": "b"}, [None, {}]),
     ("store", True, [None, False]),
+    ("prompt_cache_key", "x", [None]),
+    ("moderation", {}, [None]),
+    ("return_token_ids", True, [None, False]),
+    ("kv_transfer_params", {}, [None]),
 ]
 
 
@@ -105,6 +127,20 @@ def test_what_is_not_supported_is_refused_and_what_asks_for_nothing_is_not(
         for value in nothing:
             reply = httpx.post(f"{base}/v1/{path}", json={**body, "max_tokens": 1, field: value})
             assert reply.status_code == 200, reply.text
+
+
+def test_every_field_of_the_official_client_is_known() -> None:
+    # Of those that shape the request itself, not how it is sent.
+    sending = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+    for create, model in ((ChatCompletions.create, ChatRequest), (Completions.create, CompletionRequest)):
+        assert set(inspect.signature(create).parameters) - sending <= set(model.model_fields)
+
+
+def test_asking_for_no_alternatives_needs_no_logprobs(base: str) -> None:
+    body = {"messages": CHAT, "max_tokens": 1, "logprobs": False, "top_logprobs": 0}
+    reply = httpx.post(f"{base}/v1/chat/completions", json=body)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["choices"][0]["logprobs"] is None
 
 
 def test_null_is_as_if_it_were_not_there(base: str) -> None:
