@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from drex.bench.charts import Axis, Point, Series, framed, near_labels, svg
+from drex.bench.charts import LETTER, Axis, Point, Series, end_labels, framed, svg
 from drex.bench.figures import in_flight, panel, place, side_by_side
 from drex.bench.story import Story, count, dig, number, percent, real, reals
 
-WIDTH, HEIGHT = 300.0, 250.0
+WIDTH, HEIGHT, MARGIN = 340.0, 250.0, 24 + LETTER * 11
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -31,12 +31,12 @@ def _calibration(story: Story) -> str:
             learnt.append(Point(at, expected / verified))
             said = f"accepted: {percent(share)}\nlearnt: {percent(expected / verified)}"
             tips.append((at, f"{policy}, confidence about {at:g}\n{count(verified)} drafts\n{said}"))
-        frame = framed(Axis("confidence", SHARES), Axis("share of drafts accepted", SHARES), WIDTH, HEIGHT, 14)
+        frame = framed(Axis("confidence", SHARES), Axis("share of drafts accepted", SHARES), WIDTH, HEIGHT, MARGIN)
         series = [
             Series("learnt", "var(--quiet)", learnt, "reference"),
             Series("accepted", color, accepted, "line", shape),
         ]
-        drawn = [frame.axes(), *(one.draw(frame) for one in series), near_labels(frame, series), frame.columns(tips)]
+        drawn = [frame.axes(), *(one.draw(frame) for one in series), end_labels(frame, series), frame.columns(tips)]
         picture = svg(WIDTH, HEIGHT, f"Acceptance of drafts, {policy}", "As learnt and as it was, by confidence", drawn)
         panels.append(panel(policy, picture, color))
     return side_by_side(panels)
@@ -74,8 +74,8 @@ def _outcomes(story: Story) -> str:
         for run in runs:
             said = (f"{name}: {count(_rows(run, name))}, {number(_rate(run, name))} a token" for name, _ in KINDS)
             tips.append((place(run), "\n".join([f"{policy}, {run['in_flight']} in flight", *said])))
-        frame = framed(x, y, WIDTH, HEIGHT, 14)
-        drawn = [frame.axes(), *(one.draw(frame) for one in series), near_labels(frame, series), frame.columns(tips)]
+        frame = framed(x, y, WIDTH, HEIGHT, MARGIN)
+        drawn = [frame.axes(), *(one.draw(frame) for one in series), end_labels(frame, series), frame.columns(tips)]
         about = "Rows drafted, accepted and rolled back for each output token"
         panels.append(panel(policy, svg(WIDTH, HEIGHT, f"What becomes of drafts, {policy}", about, drawn), color))
     return side_by_side(panels)
