@@ -4,7 +4,8 @@
 
 N requests with prompts of at most 8 tokens start together; the window that counts begins and ends where nothing waits
 in a buffer, with all N decoding. θ*, ideal and full depth are solved from whole-step wall times of the same run.
-Policies take turns.
+Policies take turns. Beside each rate stand the same passes costed by the pooled times that θ* is solved from: where
+the machine's speed drifts from turn to turn, that tells decisions from drift.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from drex.bench.runner import Cell, take_turns
 from drex.bench.subject import Subject, synthetic, trained
 from drex.bench.yardsticks import Found, accuracy, yardstick
 from drex.config import EngineConfig, ExitRule
+from drex.control.cost import CostModel
 from drex.engine.metrics import PassRecord
 from drex.request import Request, SamplingParams
+from drex.sim.executor import ExitSource, VirtualExecutor
 
 PROMPT = 8
-FEWEST = 64
+VIRTUAL = "no model runs: passes take what this machine's profile says, so that nothing but decisions is compared"
+FEWEST = 128
 """Tokens that a turn has at least, all requests together."""
 console = Console(width=160)
 
@@ -45,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--passes", type=int, default=60, help="output tokens of a request; more at few in flight")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--virtual", action="store_true", help=VIRTUAL)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -58,6 +63,12 @@ def window(history: Sequence[PassRecord], in_flight: int) -> list[PassRecord]:
 def rate(records: Sequence[PassRecord]) -> float:
     """Tokens a second."""
     return sum(record.tokens for record in records) / sum(record.seconds for record in records)
+
+
+def costed(records: Sequence[PassRecord], found: Found) -> float:
+    """Tokens a second if each pass had taken what such passes took in the whole run, of all policies."""
+    seconds = sum(found.cost.predict(record.segment, record.load) for record in records)
+    return sum(record.tokens for record in records) / seconds
 
 
 def requests(subject: Subject, cell: Cell, tokens: int) -> list[tuple[float, Request]]:
@@ -84,10 +95,21 @@ def requests(subject: Subject, cell: Cell, tokens: int) -> list[tuple[float, Req
     ]
 
 
+def virtual(subject: Subject, cell: Cell, exits: ExitSource | None = None) -> VirtualExecutor:
+    """Runs no model: passes take what the subject's profile with exits says, those of full depth all its segments."""
+    profile = subject.profiles[len(subject.model.layout.lengths)]
+    if cell.engine.scheduler.segments == 1:
+        profile = profile.with_exits(())
+    return VirtualExecutor(CostModel(profile), exits)
+
+
 def measure(subject: Subject, in_flight: int, options: argparse.Namespace) -> dict[str, Any]:
     """All policies at one count in flight."""
     tokens = max(options.passes, FEWEST // in_flight)
     cells = [Cell(policy, in_flight, subject.engine(policy, in_flight)) for policy in options.policies.split(",")]
+    if options.virtual:
+        for cell in cells:
+            cell.engine.executor = virtual(subject, cell)
     windows: dict[str, list[list[PassRecord]]] = {cell.policy: [] for cell in cells}
 
     def told(cell: Cell) -> None:
@@ -115,14 +137,14 @@ def _summary(cells: list[Cell], windows: dict[str, list[list[PassRecord]]], foun
             "tokens_per_s": achieved,
             "each": rates,
             "of_optimum": achieved / optimal,
+            "costed_of_optimum": None if cell.policy == "full" else costed(cell.history, found) / optimal,
             "of_full": achieved / found.full,
             "involuntary_exits": cell.metrics.involuntary_exits,
             "involuntary_stays": cell.metrics.involuntary_stays,
             "cost_error": cell.engine.scheduler.cost.error_quantiles(),
         }
         if cell.policy == "drex":
-            right, decisions = accuracy(cell, found)
-            policies[cell.policy] |= {"right": right, "decisions": decisions}
+            policies[cell.policy] |= accuracy(cell, found)._asdict()
     return {
         "theta_star": found.optimal,
         "ideal": found.ideal,
@@ -135,7 +157,7 @@ def _summary(cells: list[Cell], windows: dict[str, list[list[PassRecord]]], foun
 def show(title: str, cells: list[dict[str, Any]]) -> None:
     """A table of one exit rate."""
     names = list(cells[0]["policies"])
-    table = Table("N", "θ*", "ideal", "full", *names, "right decisions", "cost error p50 / p90", title=title)
+    table = Table("N", "θ*", "ideal", "full", *names, "right predictions", "cost error p50 / p90", title=title)
     for cell in cells:
         policies = cell["policies"]
         ours = policies.get("drex", {})
@@ -143,11 +165,16 @@ def show(title: str, cells: list[dict[str, Any]]) -> None:
         table.add_row(
             str(cell["in_flight"]),
             *(f"{cell[key]:.1f}" for key in ("theta_star", "ideal", "full")),
-            *(f"{policies[name]['tokens_per_s']:.1f} ({policies[name]['of_optimum']:.3f})" for name in names),
-            f"{ours['right']}/{ours['decisions']}" if ours else "",
+            *(_rate(policies[name]) for name in names),
+            f"{ours['right']}/{ours['decisions']}, {ours['ties']} ties" if ours else "",
             f"{error['p50']:.1%} / {error['p90']:.1%}" if error else "",
         )
     console.print(table)
+
+
+def _rate(policy: dict[str, Any]) -> str:
+    both = [policy["of_optimum"], policy["costed_of_optimum"]]
+    return f"{policy['tokens_per_s']:.1f} ({', '.join(f'{share:.3f}' for share in both if share is not None)})"
 
 
 def main() -> None:
@@ -172,7 +199,8 @@ def main() -> None:
             subject.config = replace(config, max_num_seqs=max(counts))
             cells.append(measure(subject, count, options))
             console.print(f"{exit_rate}: {count} in flight done", style="dim")
-        title = f"{subject.name} ({subject.label}), exit rate {exit_rate}, {options.kv_fill}, tokens/s (share of θ*)"
+        title = f"{subject.name} ({subject.label}), exit rate {exit_rate}, {options.kv_fill}"
+        title += ", tokens/s (share of θ*, costed share)"
         show(title, cells)
         found["runs"].append({"exit_rate": exit_rate, "label": subject.label, "cells": cells})
         if options.shape == "bundled":

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from workload import MAX_LENGTH, Job, warm_up
 
 from drex import LLM, SamplingParams
-from drex.compute import sampler, segments
+from drex.compute import segments
+from drex.compute.sampler import Judgement
+from drex.control.plan import Verdicts
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,25 @@ class DrexEngine:
         stats, judged = self.llm.engine.stats, 0.0
         before = (stats.own_seconds, stats.executor_seconds, stats.passes)
 
-        def timed(*args: Any) -> Any:
-            nonlocal judged
-            began = time.perf_counter()
-            verdicts = sampler.judge(*args)
-            judged += time.perf_counter() - began
-            return verdicts
+        class Timed(Judgement):
+            """Notes how long it takes."""
 
-        with mock.patch.object(segments, "judge", timed):
+            def __init__(self, *args: Any) -> None:
+                began = time.perf_counter()
+                super().__init__(*args)
+                self._note(began)
+
+            def verdicts(self) -> Verdicts:
+                began = time.perf_counter()
+                found = super().verdicts()
+                self._note(began)
+                return found
+
+            def _note(self, began: float) -> None:
+                nonlocal judged
+                judged += time.perf_counter() - began
+
+        with mock.patch.object(segments, "Judgement", Timed):
             started = time.perf_counter()
             done = self.llm.generate([job.prompt for job in jobs], params, use_tqdm=False)
             seconds = time.perf_counter() - started

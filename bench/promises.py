@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from optimum import PROMPT, rate, requests, window
+from optimum import PROMPT, VIRTUAL, rate, requests, virtual, window
 from rich.console import Console
 from rich.table import Table
 
@@ -52,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--passes", type=int, default=40, help="output tokens of a request under stress")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", choices=("bounds", "stress"))
+    parser.add_argument("--virtual", action="store_true", help=VIRTUAL)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -59,7 +60,7 @@ def arguments() -> argparse.Namespace:
 # Bounds
 
 
-def bounds(subject: Subject, count: int, repeats: int) -> dict[str, Any]:
+def bounds(subject: Subject, count: int, options: argparse.Namespace) -> dict[str, Any]:
     """Full depth, drex, and drex under each bound, in turns on the same requests."""
     jobs = draw_jobs(4 * count, PROMPTS, OUTPUTS, seed=count)
     prompts = random_prompts(subject.model.decoder.spec.vocab_size, len(jobs), PROMPTS[1])
@@ -70,18 +71,23 @@ def bounds(subject: Subject, count: int, repeats: int) -> dict[str, Any]:
         subject.config = replace(base, max_slowdown=SLOWDOWN if name == "max_slowdown" else None)
         cells[name] = Cell(name, count, subject.engine("full" if name == "full" else "drex", count))
     subject.config = base
+    if options.virtual:
+        for cell in cells.values():
+            cell.engine.executor = virtual(subject, cell)
     for name in names:
         cells[name].warm_up(work[name].requests(subject, cells[name].engine, -1)[: 2 * count])
     # The target follows from full depth's own time a token, measured before.
     cells["full"].run(work["full"].requests(subject, cells["full"].engine, 0))
     target = PACE * cells["full"].metrics.summary()["tpot_ms"]["mean"]
     work["tpot_ms"] = replace(work["tpot_ms"], params=replace(plain, tpot_ms=target))
+    executor = cells["full"].engine.executor
     cells["full"] = Cell("full", count, subject.engine("full", count))
+    cells["full"].engine.executor = executor
 
     def arrivals(cell: Cell) -> Any:
         return work[cell.policy].requests(subject, cell.engine, len(cell.speeds))
 
-    take_turns(list(cells.values()), arrivals, repeats, lambda cell: None)
+    take_turns(list(cells.values()), arrivals, options.repeats, lambda cell: None)
     tpots = {name: np.array(cell.metrics.times("tpot")) * 1e3 for name, cell in cells.items()}
     return {
         "in_flight": count,
@@ -167,6 +173,9 @@ def stress(subject: Subject, count: int, options: argparse.Namespace) -> list[di
             engine = subject.engine(policy, count)
             engine.executor = Traced(engine.executor, exits, engine.scheduler.segments)
             cells.append(Cell(policy, count, engine))
+        if options.virtual:
+            for cell in cells:
+                cell.engine.executor = virtual(replace(subject, profiles=honest), cell, exits)
         windows: dict[str, list[list[PassRecord]]] = {cell.policy: [] for cell in cells}
 
         def told(cell: Cell, windows: dict[str, list[list[PassRecord]]] = windows) -> None:
@@ -218,7 +227,7 @@ def main() -> None:
     report: dict[str, Any] = {"benchmark": "promises", **machine.describe(), "label": subject.label}
     report["options"] = {name: str(value) for name, value in vars(options).items()}
     if options.only != "stress":
-        report["bounds"] = [bounds(subject, count, options.repeats) for count in counts]
+        report["bounds"] = [bounds(subject, count, options) for count in counts]
         show_bounds(report["bounds"])
     if options.only != "bounds":
         report["stress"] = {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from optimum import rate
+from optimum import VIRTUAL, rate, virtual
 from rich.console import Console
 from rich.table import Table
 
@@ -52,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tokens", type=int, default=64, help="of each request; more at few in flight")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--virtual", action="store_true", help=VIRTUAL)
     parser.add_argument(
         "--trace-tokens", type=int, default=16384, help="held-out tokens whose confidences are recorded"
     )
@@ -83,6 +84,9 @@ def measure(subject: Subject, count: int, exits: ExitSource | None, options: arg
     for cell in cells:
         if exits is not None and cell.policy != "full":
             cell.engine.executor = Traced(cell.engine.executor, exits, cell.engine.scheduler.segments)
+    if options.virtual:
+        for cell in cells:
+            cell.engine.executor = virtual(subject, cell, exits)
     speeds: dict[str, list[float]] = {cell.policy: [] for cell in cells}
     for turn in range(options.repeats + 1):
         for cell in cells:

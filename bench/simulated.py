@@ -3,7 +3,8 @@
     python bench/simulated.py --shapes llama-2-13b,qwen2.5-14b --in-flight 1,4,16,64,256 --search 4,16,64
 
 What the exit point says is replayed from the bundled model's first exit on held-out text. With --search, the online
-rule is compared with the best of all fixed (flush size, least chance of a draft, cap on open rows).
+rule is compared with the best of all fixed (flush size, least chance of a draft, cap on open rows). With
+--miscalibrated, the chances that drafts are given are off by so much in either direction, and never learnt better.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from drex.bench import machine
 from drex.bench.runner import Cell, while_all_decode
 from drex.bench.yardsticks import yardstick
 from drex.config import EngineConfig, policy_settings
+from drex.control.acceptance import Acceptance
 from drex.control.flush import FlushRule, Waiting
 from drex.request import SamplingParams
 from drex.sim.machines import MACHINES, roofline
@@ -60,6 +62,16 @@ class FixedRule(FlushRule):
         return (0, waiting.ready) if waiting.ready else None
 
 
+class Miscalibrated(Acceptance):
+    """Gives drafts chances that are off."""
+
+    off = 0.0
+
+    def chance(self, exit_index: int, confidence: float) -> float:
+        """As learnt, and that much more or less."""
+        return min(1.0, max(0.0, super().chance(exit_index, confidence) + self.off))
+
+
 Fixed = tuple[float, int, float, int]
 """Flush at, fewest, least chance, cap on open rows."""
 
@@ -72,6 +84,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threshold", type=float, default=0.3)
     parser.add_argument("--in-flight", default="1,4,16,64,256")
     parser.add_argument("--search", default="", help="counts in flight to search at, for the first shape")
+    parser.add_argument("--miscalibrated", type=float, help="run trusted run-ahead with chances off by so much, too")
     parser.add_argument("--trace-tokens", type=int, default=16384)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -83,7 +96,9 @@ def config_for(count: int) -> EngineConfig:
     return EngineConfig(longest, count, 2048, count * longest, max(256, 8 * count))
 
 
-def serve(scenario: Scenario, name: str, count: int, fixed: Fixed | None = None, turns: int = 1) -> Cell:
+def serve(
+    scenario: Scenario, name: str, count: int, fixed: Fixed | None = None, off: float = 0.0, turns: int = 1
+) -> Cell:
     """A policy while all N decode, for some turns after one that warms up; `fixed` takes the place of the rule."""
     config = replace(config_for(count), **policy_settings(name))
     if fixed is not None:
@@ -94,6 +109,9 @@ def serve(scenario: Scenario, name: str, count: int, fixed: Fixed | None = None,
         old = scheduler.policy.rule
         scheduler.policy.rule = rule = FixedRule(old.cost, old.rates, scenario.kv_fill, len(old.counts) - 1)
         rule.flush_at, rule.fewest, rule.least = fixed[:3]
+    if off:
+        scheduler.drafts.acceptance = acceptance = Miscalibrated(scheduler.segments - 1)
+        acceptance.off = off
     for turn in range(1 + turns):
         jobs = [Job(PROMPT, TOKENS)] * count
         requests = list(scenario.requests(jobs, scheduler.segments, config.run_ahead))
@@ -145,6 +163,13 @@ def main() -> None:
             accepted = drafts["accepted"] / max(1, drafts["verified"])
             facts = {"in_flight": count, "full": full, "theta_star": found.optimal, "ideal": found.ideal}
             rows.append({**facts, **dict(zip(POLICIES[1:], others, strict=True)), "drafts": drafts})
+            if options.miscalibrated:
+                wrong = [
+                    speed(serve(scenario, POLICIES[2], count, off=sign * options.miscalibrated)) for sign in (-1, 1)
+                ]
+                rows[-1]["miscalibrated"] = dict(zip(("less", "more"), wrong, strict=True))
+                shares = ", ".join(f"{each / others[1]:.3f}" for each in wrong)
+                console.print(f"{name}, {count} in flight, chances {options.miscalibrated} less and more: {shares}")
             relative = [value / full if value else math.nan for value in (found.optimal, found.ideal, *others)]
             table.add_row(str(count), f"{full:.0f}", *(f"{value:.2f}" for value in relative), f"{accepted:.2f}")
         report["shapes"][name] = rows

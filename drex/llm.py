@@ -10,7 +10,6 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from drex.compute.load import LoadedModel, inspect_model, load_model
-from drex.compute.segments import SegmentRunner
 from drex.config import EarlyExit, EngineConfig, check_lossless
 from drex.control.cost import CostModel
 from drex.control.profile import Profile
@@ -20,9 +19,8 @@ from drex.engine.torch_executor import TorchExecutor
 from drex.intake import Intake, Message, Prompt, load_tokenizer
 from drex.outputs import Chunk, CompletionOutput, ExitStats, RequestOutput, Scored
 from drex.request import Request, SamplingParams
+from drex.runner import build_runner, fit
 from drex.tuning.profile_cache import obtain
-
-DEFAULT_KV_BYTES = 2**30
 
 
 class LLM:
@@ -40,11 +38,15 @@ class LLM:
         max_num_seqs: requests in flight.
         max_num_batched_tokens: rows a pass may have; longer prompts are chunked.
         kv_cache_tokens: tokens for which there is K/V memory; None is enough for `max_num_seqs` requests of
-            `max_model_len`, within 1 GiB.
+            `max_model_len`, within 1 GiB on a CPU and `gpu_memory_utilization` on a GPU.
         max_fill_rows, max_wait_passes, max_slowdown, adaptive: of the rebatching, see `EngineConfig`.
         run_ahead: `trusted` (requests draft on while they wait; the same tokens as early exit), `off`, or `lossless`,
             which gives the full-depth model's own tokens, thresholds steering speed only; it needs `recompute`.
         max_draft: rows of a request that no exit is sure of and that it may go on from, under run-ahead.
+        gpu_memory_utilization: share of a GPU's memory that drex may take, all together; the K/V pool gets what the
+            largest pass leaves. None is 0.9, unless `kv_cache_tokens` is given.
+        kernels: `torch`, `triton`, or `auto`: Triton's on a GPU.
+        enforce_eager: replay no CUDA graphs.
         profile: what passes cost here. None is the cached profile of this model and machine, or else one that is
             measured now, in some seconds; `measure` measures in any case; `nominal` measures nothing and learns while
             serving; or a `Profile`, or the file of one.
@@ -73,6 +75,9 @@ class LLM:
         adaptive: bool = False,
         run_ahead: str = "trusted",
         max_draft: int = 4,
+        gpu_memory_utilization: float | None = None,
+        kernels: str = "auto",
+        enforce_eager: bool = False,
         profile: Profile | str | Path | None = None,
         threads: int | None = None,
         tokenizer: str | Path | None = None,
@@ -93,21 +98,12 @@ class LLM:
         exits = EarlyExit.off() if policy == "full" else early_exit
         self.model: LoadedModel = load_model(inspect_model(model, exits, dtype, device))
         check_lossless(run_ahead, self.model.exits.kv_fill)
-        self.config = _fit(asked, self.model, max_model_len)
+        self.config = fit(asked, self.model, max_model_len, gpu_memory_utilization)
         self.tokenizer = load_tokenizer(self.model.folder if tokenizer is None else Path(tokenizer))
-        assert self.config.kv_cache_tokens is not None
-        layout = self.model.layout
-        self._runner = SegmentRunner(
-            self.model.decoder,
-            self.model.heads,
-            layout,
-            self.config.kv_cache_tokens * layout.cells_per_token,
-            self.config.arena_rows if len(layout.lengths) > 1 else 0,
-            self.config.max_model_len,
-        )
-        self.profile = obtain(profile, self._runner, self.config, self.model.exits, threads)
-        scheduler = Scheduler(self.config, layout, self.model.exits.kv_fill, CostModel(self.profile))
-        self.engine = Engine(scheduler, TorchExecutor(self._runner), self.tokenizer)
+        runner = build_runner(self.model, self.config, kernels, enforce_eager=enforce_eager)
+        self.profile = obtain(profile, runner, self.config, self.model.exits, threads)
+        scheduler = Scheduler(self.config, self.model.layout, self.model.exits.kv_fill, CostModel(self.profile))
+        self.engine = Engine(scheduler, TorchExecutor(runner), self.tokenizer)
         self.intake = Intake(self.model, self.config, self.tokenizer, scheduler.check_fits)
         self._inboxes: dict[str, list[Emitted]] = {}
 
@@ -272,24 +268,6 @@ class LLM:
         """Exits, involuntary exits and stays of everything in `outputs`."""
         tokens = (token for output in outputs for sample in output.outputs for token in sample.tokens)
         return ExitStats.of(tokens, self.model.decoder.spec.num_layers)
-
-
-def _fit(asked: EngineConfig, model: LoadedModel, max_model_len: int | None) -> EngineConfig:
-    """Replace what was left open by what the model and its memory allow."""
-    spec = model.decoder.spec
-    length = spec.max_length if max_model_len is None else max_model_len
-    if length > spec.max_length:
-        raise ValueError(f"max_model_len is {length}: the checkpoint was made for at most {spec.max_length} tokens")
-    if spec.sliding_window is not None and spec.sliding_window < length:
-        raise ValueError(
-            f"the model looks back {spec.sliding_window} tokens only (sliding_window), which drex does not do: "
-            f"set max_model_len to at most {spec.sliding_window}"
-        )
-    tokens = asked.kv_cache_tokens
-    if tokens is None:
-        size = model.decoder.embedding.element_size() * spec.kv_values_per_slot * spec.num_layers
-        tokens = max(length, min(asked.max_num_seqs * length, DEFAULT_KV_BYTES // size))
-    return replace(asked, max_model_len=length, kv_cache_tokens=tokens)
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -129,6 +129,11 @@ class SamplingParams:
             or bool(self.logit_bias)
         )
 
+    @property
+    def truncates(self) -> bool:
+        """Whether only some of the tokens may be drawn."""
+        return self.min_p > 0 or self.top_k > 0 or self.top_p < 1
+
 
 def _number(value: object) -> bool:
     if isinstance(value, int):

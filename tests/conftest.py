@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton is imported, which transformers does.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,

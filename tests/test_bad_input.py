@@ -523,7 +523,7 @@ def test_requests_beside_one_too_large_go_on(models, expected):
 def failing_once(llm, monkeypatch, number, error):
     """Make pass `number` from now on fail; returns the set that will hold the request ids of that pass."""
     runner, count, hit = llm.engine.executor.runner, iter(range(10**6)), set()
-    run = runner.run
+    run = runner.start
 
     def run_or_fail(batch):
         if next(count) == number:
@@ -532,7 +532,7 @@ def failing_once(llm, monkeypatch, number, error):
             raise error
         return run(batch)
 
-    monkeypatch.setattr(runner, "run", run_or_fail)
+    monkeypatch.setattr(runner, "start", run_or_fail)
     return hit
 
 

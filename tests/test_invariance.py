@@ -202,7 +202,7 @@ def run_schedule(llm: LLM, schedule: Schedule, criterion: str, wanted: Expected)
 
 def check_kv(llm: LLM, request: Request, kv: KV) -> None:
     """The K/V that a running request holds is what the reference has at the same layers and positions."""
-    scheduler, runner = llm.engine.scheduler, llm._runner
+    scheduler, runner = llm.engine.scheduler, llm.engine.executor.runner
     seats = scheduler.seats
     first_layer = 0
     for segment, length in enumerate(scheduler.layout.lengths):

@@ -21,9 +21,9 @@ def test_rows_wait_in_the_arena_untouched(models: dict[str, Path], fill: str) ->
         dtype="float64",
         device="cpu",
     )
-    runner = llm._runner
+    runner = llm.engine.executor.runner
     address = runner.arena.data_ptr()
-    run = runner.run
+    run = runner.start
     written: dict[tuple[int, int], torch.Tensor] = {}
     waited = 0
 
@@ -54,7 +54,7 @@ def test_rows_wait_in_the_arena_untouched(models: dict[str, Path], fill: str) ->
         assert runner.arena.data_ptr() == address
         return result
 
-    runner.run = watched  # type: ignore[method-assign]
+    runner.start = watched  # type: ignore[method-assign]
     prompts = [[3, 4, 5], [6, 7, 8, 9], [10] * 7]
     outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True))
     stats = llm.exit_stats(outputs)

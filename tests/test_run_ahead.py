@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from drex import LLM, EarlyExit, SamplingParams
+from drex.bench.runner import while_all_decode
+from drex.config import EngineConfig, policy_settings
+from drex.control.profile import Curve, Profile, SegmentCost
 from drex.outputs import RequestOutput
+from drex.sim.executor import RecordedConfidences
+from drex.sim.simulate import Scenario
+from drex.sim.workload import Job
 
 PROMPTS = ["the cat", "on the mat; the", "dog", "the log. the cat sat", "sat", "o"]
 
@@ -88,3 +96,28 @@ def test_lossless_run_ahead_needs_exact_keys_and_values(text_model: Path) -> Non
         llm.generate("the", SamplingParams(run_ahead="lossless"))
     with pytest.raises(ValueError, match="choose one of off, trusted, lossless"):
         SamplingParams(run_ahead="always")
+
+
+@pytest.mark.parametrize("accepted", [0.1, 1.0])
+def test_adaptive_lossless_run_ahead_rests_where_it_earns_less_than_full_depth(accepted: float) -> None:
+    """Costs grow with every row: a draft that is taken back is work for nothing, and each check a layer of four."""
+    each = Curve((1.0, 64.0), (1e-3, 64e-3))
+    layers = SegmentCost(Curve((1.0, 64.0), (2e-3, 128e-3)), each, 0.0, 0.0, 0.0)
+    draw = np.random.default_rng(0)
+    recorded = RecordedConfidences(draw.random((1, 4000)), draw.random((1, 4000)) < accepted)
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
+    scenario = Scenario(
+        (2, 2), Profile((layers, layers)), (0.5,), "recompute", params, confidences=recorded, thresholds=(0.5,)
+    )
+    rates = {}
+    for name in ("full", "drex+lossless", "drex+lossless+adaptive"):
+        settings = policy_settings(name)
+        config = replace(EngineConfig(420, 8, 512, 8 * 420), **settings)
+        engine = scenario.engine(config.policy, config, 8)
+        arrivals = scenario.requests([Job(8, 400)] * 8, engine.scheduler.segments, config.run_ahead)
+        passes = while_all_decode(engine, arrivals, 8)
+        rates[name] = sum(one.tokens for one in passes) / sum(one.seconds for one in passes)
+        assert ("adaptive" in name) == (engine.scheduler.unchecked > 0)
+    assert rates["drex+lossless"] < 0.9 * rates["full"]
+    # The first passes find out what it earns, and one in 64 goes on to.
+    assert rates["drex+lossless+adaptive"] > 0.95 * rates["full"]

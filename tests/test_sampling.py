@@ -12,9 +12,8 @@ import torch
 from conftest import COMMON
 
 from drex import EarlyExit, SamplingParams
-from drex.compute.criteria import Measured
 from drex.compute.noise import gumbel
-from drex.compute.sampler import judge
+from drex.compute.sampler import HeadOutput, Judgement, TorchReductions
 from drex.config import ExitRule
 from drex.control.hashing import GOLDEN, MIX, mix, uniform
 from drex.control.plan import Draws, Evaluations, Verdicts
@@ -93,8 +92,8 @@ def tokens(logits, asked):
         banned={row: each.banned for row, each in enumerate(asked) if each.banned},
         targets={},
     )
-    measured = Measured(logits, logits.logsumexp(-1), logits.argmax(-1), none, none, 0, True, None)
-    return judge(measured, evaluations).tokens.tolist()
+    head = HeadOutput(logits, none, none, 0, True, None)
+    return Judgement(head, evaluations, TorchReductions()).verdicts().tokens.tolist()
 
 
 def evaluation(params, history=(0,), prompt_length=1, seed=0, sample=0, banned=()):
@@ -474,13 +473,14 @@ def speak(text_model):
     llm = LLM(text_model, policy="full", dtype="float32")
 
     def scripted(ids):
-        def run(batch):
+        def start(batch):
             asked = batch.evaluations
             said = [ids[p + 1 - d.prompt_length] for p, d in zip(asked.positions, asked.draws, strict=True)]
             ones = np.ones(len(said))
             return Verdicts(np.array(said), -ones, ones, ones < 0, np.ones((2, len(said)), dtype=np.int64), {})
 
-        llm.engine.executor.runner.run = run
+        llm.engine.executor.runner.start = start
+        llm.engine.executor.runner.finish = lambda verdicts: verdicts
         return llm
 
     return scripted

@@ -318,6 +318,8 @@ def test_a_second_run_on_the_same_engine_comes_to_an_end() -> None:
 class Jittery:
     """A virtual machine whose passes take between half and twice as long as predicted, by chance."""
 
+    asynchronous = False
+
     def __init__(self, inner: VirtualExecutor, seed: int) -> None:
         self.inner, self.draw, self.clock = inner, random.Random(seed), 0.0
 
@@ -396,7 +398,7 @@ def finished(
         each.first_token_at = each.first_token_at if each.first_token_at is not None else now
         if token:
             metrics.gap(each, now - times[token - 1])
-    metrics.ended(each, times[-1] if times else arrived)
+    metrics.ended(each, each.finish_reason, times[-1] if times else arrived)
 
 
 def test_percentiles_are_those_of_numpy() -> None:
@@ -482,7 +484,7 @@ def test_exits_and_what_was_involuntary_are_counted_from_the_records() -> None:
         each.records.append(TokenRecord(5, -1.0, depth, 1.0, checks, ()))
         each.tokens.append(5)
     each.finish_reason, each.first_token_at = FinishReason.LENGTH, 1.0
-    metrics.ended(each, 2.0)
+    metrics.ended(each, each.finish_reason, 2.0)
     assert metrics.tokens == 8
     assert dict(metrics.exits) == {1: 2, 2: 3, 3: 3}
     assert (metrics.involuntary_exits, metrics.involuntary_stays) == (2, 2)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from drex.bench.yardsticks import Found, accuracy, yardstick
+from drex.bench.yardsticks import Accuracy, Found, accuracy, yardstick
 from drex.engine.driver import serve
 from drex.engine.engine import Emitted, Engine, EngineStats
 from drex.engine.metrics import Metrics, PassRecord
@@ -131,7 +131,7 @@ def _summary(cell: Cell, found: Found | None, layers: Sequence[int]) -> dict[str
         by_layer = Counter({layers[-1]: metrics.tokens})
     times = metrics.summary()
     decode = decode_rate(cell.history)
-    right, decisions = accuracy(cell, found) if cell.policy == "drex" and found is not None else (0, 0)
+    decided = accuracy(cell, found) if cell.policy == "drex" and found is not None else Accuracy(0, 0, 0)
     confidences = metrics.exited_confidences
     return {
         "policy": cell.policy,
@@ -150,8 +150,9 @@ def _summary(cell: Cell, found: Found | None, layers: Sequence[int]) -> dict[str
         "exits": {str(layer): by_layer.get(layer, 0) for layer in layers},
         "mean_depth": sum(layer * count for layer, count in by_layer.items()) / max(1, metrics.tokens),
         "confidence_p5": float(np.percentile(confidences, 5)) if len(confidences) else None,
-        "decision_accuracy": right / decisions if decisions else None,
-        "decisions": decisions,
+        "decision_accuracy": decided.right / decided.decisions if decided.decisions else None,
+        "decisions": decided.decisions,
+        "ties": decided.ties,
         "cost_error": scheduler.cost.error_quantiles(),
         "slots": {"peak": cell.engine.stats.peak_slots, "capacity": scheduler.pool.capacity},
         "preemptions": scheduler.preemptions,

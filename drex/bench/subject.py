@@ -30,6 +30,7 @@ from drex.control.slots import SlotLayout
 from drex.engine.engine import Engine
 from drex.engine.torch_executor import TorchExecutor
 from drex.intake import load_tokenizer
+from drex.runner import build_runner
 from drex.sim.shapes import SHAPES, Shape
 from drex.tuning.corpus import split_held_out, standard_library
 from drex.tuning.profile_cache import obtain
@@ -83,15 +84,7 @@ class Subject:
     def _runner(self, model: LoadedModel) -> SegmentRunner:
         segments = len(model.layout.lengths)
         if segments not in self._runners:
-            assert self.config.kv_cache_tokens is not None
-            self._runners[segments] = SegmentRunner(
-                model.decoder,
-                model.heads,
-                model.layout,
-                self.config.kv_cache_tokens * model.layout.cells_per_token,
-                self.config.arena_rows if segments > 1 else 0,
-                self.config.max_model_len,
-            )
+            self._runners[segments] = build_runner(model, self.config)
         return self._runners[segments]
 
 

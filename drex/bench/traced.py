@@ -23,6 +23,7 @@ class Traced:
 
     def __init__(self, inner: Executor, exits: ExitSource, segments: int) -> None:
         self.inner, self._exits, self._segments = inner, exits, segments
+        self.asynchronous = inner.asynchronous
         self._submitted: deque[Pass] = deque()
 
     def now(self) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from drex.control.cost import CostModel
 from drex.control.yardstick import Yardstick, measure
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from drex.bench.runner import Cell
 
 TIE = 0.005
-"""Decisions whose worths are closer than this share of a token a request are ties, and right either way."""
+"""Decisions whose worths are closer than this share of a token a request are ties, and counted apart."""
 
 
 @dataclass(frozen=True)
@@ -79,21 +79,34 @@ def _exit_rates(cells: Sequence[Cell], exits: int) -> tuple[float, ...]:
     return tuple(hit / count if count else 0.0 for hit, count in zip(reached, checks, strict=True))
 
 
-def accuracy(cell: Cell, found: Found) -> tuple[int, int]:
-    """Decisions to flush or to go on that the solved optimum agrees with, and how many there were.
+class Accuracy(NamedTuple):
+    """Decisions to flush or to go on: those predicted rightly, all that count, and those that were too close to."""
 
-    States where both were possible count: some requests ready, some waiting, no prompts.
+    right: int
+    decisions: int
+    ties: int
+
+
+def accuracy(cell: Cell, found: Found) -> Accuracy:
+    """How often flushing was predicted to be worth more, or less, than going on, and was.
+
+    Predicted with the costs and exit rates held at the time, against those of the whole run. States where both were
+    possible count: some requests ready, some waiting, no prompts.
     """
     solved: dict[int, Yardstick] = {}
-    right = decisions = 0
+    right = decisions = ties = 0
     for record in cell.history:
         total = record.ready + sum(record.live)
-        if record.prompts or not record.ready or not sum(record.live):
+        if record.gain is None or record.prompts:
             continue
         if total not in solved:
             solved[total] = found.at(total)
-        worth = solved[total].worth(record.live[1:])
-        if worth is not None:
-            decisions += 1
-            right += worth[record.segment] >= max(worth) - TIE * total
-    return right, decisions
+        true = solved[total].gain(record.ready, record.live[1:])
+        if true is None:
+            continue
+        if min(abs(true), abs(record.gain)) < TIE * total:
+            ties += 1
+            continue
+        decisions += 1
+        right += (true > 0) == (record.gain > 0)
+    return Accuracy(right, decisions, ties)

@@ -19,7 +19,6 @@ from drex.cli.common import (
     ThresholdsOption,
     early_exit_from,
 )
-from drex.config import EarlyExit
 
 if TYPE_CHECKING:
     from drex.llm import LLM
@@ -47,8 +46,9 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(help="Rows a pass may have.")] = 512,
     kv_cache_tokens: Annotated[int | None, typer.Option(help="Tokens for which there is K/V memory.")] = None,
     gpu_memory_utilization: Annotated[
-        float | None, typer.Option(help="Share of the GPU's memory to use, instead of --kv-cache-tokens.")
+        float | None, typer.Option(help="Share of the GPU's memory to use, instead of --kv-cache-tokens; 0.9.")
     ] = None,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Replay no CUDA graphs.")] = False,
     exits: ExitsOption = None,
     thresholds: ThresholdsOption = None,
     criterion: CriterionOption = None,
@@ -75,10 +75,9 @@ def serve(
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'the server\'s libraries are missing ({", ".join(missing)}): pip install "drex[server]"')
-    from drex.compute.load import BUNDLED, inspect_model
+    from drex.compute.load import BUNDLED
     from drex.llm import LLM
     from drex.server.logs import logging_to_stderr
-    from drex.server.memory import kv_tokens
     from drex.server.run import serve as run
     from drex.server.settings import ServerSettings, read_keys
 
@@ -94,11 +93,6 @@ def serve(
         log_prompts=log_prompts,
     )
     early_exit = early_exit_from(exits, thresholds, criterion, kv_fill, full_depth)
-    if gpu_memory_utilization is not None:
-        if kv_cache_tokens is not None:
-            raise ValueError("--kv-cache-tokens and --gpu-memory-utilization: give one of them")
-        found = inspect_model(model, EarlyExit.off() if policy == "full" else early_exit, dtype, device)
-        kv_cache_tokens = kv_tokens(found, gpu_memory_utilization, max_num_seqs, max_model_len)
     with logging_to_stderr(log_format):
         llm = LLM(
             model,
@@ -111,6 +105,8 @@ def serve(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_tokens=kv_cache_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=enforce_eager,
             max_slowdown=max_slowdown,
             adaptive=adaptive,
             profile=profile,

@@ -1,4 +1,7 @@
-"""Confidence measures: what an exit point knows about a token -> a number in [0, 1]. Definitions: docs/criteria.md."""
+"""Confidence measures: what an exit point knows about a token -> a number in [0, 1]. Definitions: docs/criteria.md.
+
+They are computed on the host from a few numbers a row, which the device has found in the logits and hidden states.
+"""
 
 from __future__ import annotations
 
@@ -7,86 +10,75 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from drex.control.hashing import uniform
-from drex.control.plan import Evaluations, IntArray
+from drex.control.plan import Evaluations, FloatArray, IntArray
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a head evaluation has at hand, for all its rows.
+    """What a head evaluation has found, for all its rows.
 
     Attributes:
-        logits: (rows, vocab), unscaled, float32 or float64.
-        log_sum_exp: (rows,).
-        argmax: (rows,).
-        hidden, before: the segment's output and what its last layer was given, (rows, hidden).
+        columns: by name, (rows,) each: `argmax`, `best` (the largest logit) and `log_sum_exp` always; where a row's
+            criterion needs it, `second` (the second largest logit), `mean` (the probability-weighted mean of the
+            logits), `cosine` (of the hidden states before and after the segment's last layer), `probed` (what the
+            learned probe says).
+        vocab_size: logits a row.
         segment: that ends here.
         final: whether this is the final head.
-        probe: (weight (2, hidden), bias (2,)) of this exit, if it has one.
     """
 
-    logits: Tensor
-    log_sum_exp: Tensor
-    argmax: Tensor
-    hidden: Tensor
-    before: Tensor
+    columns: dict[str, FloatArray]
+    vocab_size: int
     segment: int
     final: bool
-    probe: tuple[Tensor, Tensor] | None
 
 
-Criterion = Callable[[Measured, list[int], Evaluations], Tensor]
+Criterion = Callable[[Measured, IntArray, Evaluations], FloatArray]
 """Takes what was measured, row numbers, and all rows' evaluations; returns (row numbers,) in [0, 1]."""
 
 
-def max_prob(measured: Measured, rows: list[int], evaluations: Evaluations) -> Tensor:
+def max_prob(measured: Measured, rows: IntArray, evaluations: Evaluations) -> FloatArray:
     """Largest probability (EE-LLM, Chen et al. 2024)."""
-    best = measured.logits.gather(1, measured.argmax[:, None]).squeeze(1)
-    return (best - measured.log_sum_exp).exp()[rows]
+    out: FloatArray = np.exp(measured.columns["best"][rows] - measured.columns["log_sum_exp"][rows])
+    return out
 
 
-def margin(measured: Measured, rows: list[int], evaluations: Evaluations) -> Tensor:
+def margin(measured: Measured, rows: IntArray, evaluations: Evaluations) -> FloatArray:
     """Largest minus second probability (CALM's softmax measure, Schuster et al. 2022)."""
-    top = (measured.logits[rows].topk(2, dim=-1).values - measured.log_sum_exp[rows, None]).exp()
-    return top[:, 0] - top[:, 1]
+    second = np.exp(measured.columns["second"][rows] - measured.columns["log_sum_exp"][rows])
+    return max_prob(measured, rows, evaluations) - second
 
 
-def entropy(measured: Measured, rows: list[int], evaluations: Evaluations) -> Tensor:
+def entropy(measured: Measured, rows: IntArray, evaluations: Evaluations) -> FloatArray:
     """1 - H / log(vocab), H the entropy of the distribution in nats."""
-    logs = measured.logits[rows] - measured.log_sum_exp[rows, None]
-    nats = -(logs.exp() * logs).nan_to_num(0.0).sum(-1)
-    return 1 - nats / math.log(logs.shape[-1])
+    nats = measured.columns["log_sum_exp"][rows] - measured.columns["mean"][rows]
+    return 1 - nats / math.log(measured.vocab_size)
 
 
-def state(measured: Measured, rows: list[int], evaluations: Evaluations) -> Tensor:
+def state(measured: Measured, rows: IntArray, evaluations: Evaluations) -> FloatArray:
     """Cosine of the hidden state before and after the segment's last layer (CALM's hidden-state saturation)."""
-    dtype = measured.logits.dtype
-    return F.cosine_similarity(measured.before[rows].to(dtype), measured.hidden[rows].to(dtype), dim=-1)
+    return measured.columns["cosine"][rows]
 
 
-def patience(measured: Measured, rows: list[int], evaluations: Evaluations) -> Tensor:
+def patience(measured: Measured, rows: IntArray, evaluations: Evaluations) -> FloatArray:
     """Length of the run of agreeing exits, this one included, over the patience k (PABEE, Zhou et al. 2020)."""
-    lengths = agreeing_runs(evaluations, measured.argmax.cpu().numpy())[1, rows]
-    shares = lengths / np.array([evaluations.draws[row].rule.patience for row in rows])
-    return torch.from_numpy(shares).to(measured.logits)
+    lengths = agreeing_runs(evaluations, measured.columns["argmax"].astype(np.int64))[1, rows]
+    out: FloatArray = lengths / np.array([evaluations.draws[row].rule.patience for row in rows.tolist()])
+    return out
 
 
-def probe(measured: Measured, rows: list[int], evaluations: Evaluations) -> Tensor:
+def probe(measured: Measured, rows: IntArray, evaluations: Evaluations) -> FloatArray:
     """Learned: softmax(W h + b)[1], trained to tell whether argmax is already the final one (CALM's classifier)."""
-    assert measured.probe is not None
-    weight, bias = measured.probe
-    return F.linear(measured.hidden[rows], weight, bias).to(measured.logits.dtype).softmax(-1)[:, 1]
+    return measured.columns["probed"][rows]
 
 
-def trace(measured: Measured, rows: list[int], evaluations: Evaluations) -> Tensor:
+def trace(measured: Measured, rows: IntArray, evaluations: Evaluations) -> FloatArray:
     """Uniform noise by request, position and exit: for benchmarks on random weights, where 1 - threshold exit."""
-    draws = [evaluations.draws[row] for row in rows]
+    draws = [evaluations.draws[row] for row in rows.tolist()]
     seeds, samples = [each.seed for each in draws], [each.sample for each in draws]
-    return torch.from_numpy(uniform(seeds, samples, evaluations.positions[rows], measured.segment)).to(measured.logits)
+    return uniform(seeds, samples, evaluations.positions[rows], measured.segment)
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -108,13 +100,18 @@ def agreeing_runs(evaluations: Evaluations, argmax: IntArray) -> IntArray:
     return np.stack((argmax, np.where((run > 0) & (token == argmax), run, 0) + 1))
 
 
-def confidences(measured: Measured, evaluations: Evaluations) -> Tensor:
-    """Confidence of each row under its request's criterion. Shape (rows,), clipped to [0, 1]."""
-    by_criterion: dict[str, list[int]] = {}
+def by_criterion(evaluations: Evaluations, *, final: bool) -> dict[str, IntArray]:
+    """Which rows have their confidence measured how."""
+    rows: dict[str, list[int]] = {}
     for row, draws in enumerate(evaluations.draws):
         name = draws.rule.criterion
-        by_criterion.setdefault("max_prob" if measured.final and name not in AT_THE_END else name, []).append(row)
-    out = torch.empty_like(measured.log_sum_exp)
-    for name, rows in by_criterion.items():
+        rows.setdefault("max_prob" if final and name not in AT_THE_END else name, []).append(row)
+    return {name: np.array(chosen) for name, chosen in rows.items()}
+
+
+def confidences(measured: Measured, evaluations: Evaluations) -> FloatArray:
+    """Confidence of each row under its request's criterion. Shape (rows,), clipped to [0, 1]."""
+    out = np.empty(len(evaluations))
+    for name, rows in by_criterion(evaluations, final=measured.final).items():
         out[rows] = CRITERIA[name](measured, rows, evaluations)
-    return out.clamp_(0, 1)
+    return out.clip(0, 1)

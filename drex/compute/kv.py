@@ -1,4 +1,4 @@
-"""K/V memory: one pool of slots for all layers, addressed by the cells of `drex.control.slots`."""
+"""K/V memory: one pool of slots for all layers, addressed by the cells of `drex.control.slots`, and its tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from drex.compute.spec import ModelSpec
+from drex.control.plan import Entries
 from drex.control.slots import SlotLayout
 
 
@@ -28,3 +29,27 @@ class KVPool:
         """Store rows' K/V. Shapes: cells (rows,), keys and values (rows, kv_heads, head_dim)."""
         self.keys[plane].index_copy_(0, cells, keys)
         self.values[plane].index_copy_(0, cells, values)
+
+
+class KVTables:
+    """Where the entries of requests lie that lie in no run: what passes have told, by seat.
+
+    Shapes, one tensor a segment: cells (parts, seats, room), slots where aliased (seats, room).
+    """
+
+    def __init__(self, layout: SlotLayout, seats: int, room: int, device: torch.device) -> None:
+        # Zeros, since pages that nobody writes then take no memory.
+        self.cells = [
+            torch.zeros(layout.parts(segment), seats, room, device=device, dtype=torch.int32)
+            for segment in range(len(layout.lengths))
+        ]
+        self.aliased = [torch.zeros(seats, room, device=device, dtype=torch.bool) for _ in layout.lengths]
+
+    def hear(self, segment: int, fresh: Entries) -> None:
+        """Take in entries."""
+        if not len(fresh.seats):
+            return
+        cells, aliased = self.cells[segment], self.aliased[segment]
+        seats, numbers = (torch.from_numpy(each).to(cells.device) for each in (fresh.seats, fresh.numbers))
+        cells[:, seats, numbers] = torch.from_numpy(fresh.cells).to(cells.device, cells.dtype)
+        aliased[seats, numbers] = torch.from_numpy(fresh.aliased).to(cells.device)

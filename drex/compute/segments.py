@@ -1,28 +1,28 @@
-"""Runs a segment over the rows of a pass, evaluates the head at its end, and owns the hidden-state arena."""
+"""Runs passes: a segment's layers over their rows, the head at its end, and what is made of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from drex.compute.attention.torch_ref import TorchAttention
-from drex.compute.batch import PassTensors
-from drex.compute.criteria import Measured
 from drex.compute.decoder import Decoder
 from drex.compute.heads import ExitHead
-from drex.compute.kv import KVPool
-from drex.compute.sampler import judge
+from drex.compute.kv import KVPool, KVTables
+from drex.compute.reference import Layers, Machinery, Probe, ReferenceLayers
+from drex.compute.sampler import HeadOutput, Judgement, Reductions, TorchReductions
 from drex.control.plan import NOTHING, Evaluations, Pass, Verdicts
 from drex.control.slots import SlotLayout
 
-Probe = tuple[Tensor, Tensor]
+KERNELS = ("auto", "torch", "triton")
+GRAPH_ROWS = 512
+"""The largest pass that replays a CUDA graph: beyond, launching takes less time than running."""
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class SegmentRunner:
-    """Executes passes.
+    """Executes passes, one at a time.
 
     Args:
         decoder: the model.
@@ -30,7 +30,16 @@ class SegmentRunner:
         layout: of the segments.
         num_cells: of the K/V pool.
         arena_rows: hidden states that can wait between segments.
+        seats: requests that run.
         max_length: positions a request may reach.
+        kernels: `torch`, `triton`, or `auto`: Triton's on a GPU.
+        graph_rows: up to so many rows, passes replay CUDA graphs where there is a GPU; 0 for none.
+
+    Attributes:
+        kernels: `torch` or `triton`.
+
+    Raises:
+        ValueError: kernels that can't be had.
     """
 
     def __init__(
@@ -40,53 +49,49 @@ class SegmentRunner:
         layout: SlotLayout,
         num_cells: int,
         arena_rows: int,
+        seats: int,
         max_length: int,
+        kernels: str = "auto",
+        graph_rows: int = 0,
     ) -> None:
         self.decoder, self.heads, self.layout = decoder, list(heads), layout
         spec, device, dtype = decoder.spec, decoder.device, decoder.dtype
         self.pool = KVPool(spec, layout, num_cells, device, dtype)
         self.arena = torch.empty(arena_rows, spec.hidden_size, device=device, dtype=dtype)
-        self._cos, self._sin = (table.unsqueeze(1) for table in decoder.rotary_table(max_length))
-        self._first_layers = [sum(layout.lengths[:segment]) for segment in range(len(layout.lengths))]
+        tables = KVTables(layout, seats, max_length, device)
+        cos, sin = decoder.rotary_table(max_length)
+        self._machinery = Machinery(decoder, self.heads, layout, self.pool, tables, self.arena, cos, sin)
+        self.kernels = pick_kernels(kernels, decoder)
+        self._layers, self._reductions = _backend(self._machinery, self.kernels, graph_rows)
+
+    def capture(self) -> None:
+        """Capture CUDA graphs, if passes are to replay any."""
+        self._layers.capture()
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Numbers of rows that passes are rounded up to, ascending; none where they run as they are."""
+        return self._layers.buckets
 
     @torch.inference_mode()
+    def start(self, batch: Pass) -> Judgement | None:
+        """Execute a pass; on a GPU without waiting for it. Returns what its verdicts come from, if it has any."""
+        ends = self._layers.run(batch)
+        if not len(batch.evaluations):
+            return None
+        return self._judge(batch.segment, ends.logits, ends.hidden, ends.before, batch.evaluations)
+
+    @torch.inference_mode()
+    def finish(self, started: Judgement | None) -> Verdicts:
+        """Wait for the verdicts of a pass that was started, before another one is."""
+        if started is not None:
+            return started.verdicts()
+        self.synchronize()
+        return NOTHING
+
     def run(self, batch: Pass) -> Verdicts:
         """Execute a pass; returns the verdicts of its evaluations."""
-        tensors = PassTensors.of(batch, self.decoder.device)
-        final = batch.segment == len(self.layout.lengths) - 1
-        before, hidden = self._layers(batch, tensors, final)
-        if not final:
-            self.arena.index_copy_(0, tensors.arena, hidden)
-            before, hidden = before.index_select(0, tensors.evaluated), hidden.index_select(0, tensors.evaluated)
-        return self.evaluate(batch.segment, before, hidden, batch.evaluations)
-
-    def _layers(self, batch: Pass, tensors: PassTensors, final: bool) -> tuple[Tensor, Tensor]:
-        """What the segment's last layer was given, and its output; in the final segment of evaluated rows only."""
-        decoder, spec = self.decoder, self.decoder.spec
-        if batch.segment == 0:
-            hidden = F.embedding(tensors.tokens, decoder.embedding)
-        else:
-            hidden = self.arena.index_select(0, tensors.arena)
-        fill = self.arena.index_select(0, tensors.fill_arena) if len(tensors.fill_arena) else None
-        full = len(hidden)
-        before = hidden
-        cos, sin = self._cos.index_select(0, tensors.positions), self._sin.index_select(0, tensors.positions)
-        attention = TorchAttention(self.pool, batch, spec.num_heads, spec.num_kv_heads)
-        first, length = self._first_layers[batch.segment], self.layout.lengths[batch.segment]
-        for number in range(length):
-            layer = decoder.layers[first + number]
-            part, plane = divmod(number, self.layout.layers_per_cell)
-            rows = hidden if fill is None else torch.cat((hidden, fill))
-            queries, keys, values = decoder.project_qkv(layer, rows, cos, sin)
-            self.pool.write(plane, tensors.cells[part], keys, values)
-            attended = attention.forward(part, plane, queries[:full])
-            if final and number == length - 1:
-                hidden, attended = (
-                    hidden.index_select(0, tensors.evaluated),
-                    attended.index_select(0, tensors.evaluated),
-                )
-            before, hidden = hidden, decoder.finish_layer(layer, hidden, attended)
-        return before, hidden
+        return self.finish(self.start(batch))
 
     @torch.inference_mode()
     def evaluate(self, segment: int, before: Tensor, hidden: Tensor, evaluations: Evaluations) -> Verdicts:
@@ -97,19 +102,47 @@ class SegmentRunner:
             before, hidden: what its last layer was given, and its output, a row an evaluation.
             evaluations: in the same order.
         """
-        final = segment == len(self.layout.lengths) - 1
         if not len(evaluations):
             return NOTHING
-        return judge(self._measure(segment, final, before, hidden), evaluations)
+        logits = self._machinery.logits(segment, hidden)
+        return self._judge(segment, logits, hidden, before, evaluations).verdicts()
 
-    def _measure(self, segment: int, final: bool, before: Tensor, hidden: Tensor) -> Measured:
-        decoder = self.decoder
-        probe = None
-        if final:
-            logits = F.linear(decoder.final_norm(hidden), decoder.lm_head)
-        else:
-            head, probe = self.heads[segment]
-            logits = head(hidden, decoder.final_norm, decoder.lm_head)
-        if logits.dtype != torch.float64:
-            logits = logits.float()
-        return Measured(logits, logits.logsumexp(-1), logits.argmax(-1), hidden, before, segment, final, probe)
+    def _judge(
+        self, segment: int, logits: Tensor, hidden: Tensor, before: Tensor, evaluations: Evaluations
+    ) -> Judgement:
+        final = self._machinery.is_final(segment)
+        probe = None if final else self.heads[segment][1]
+        return Judgement(HeadOutput(logits, hidden, before, segment, final, probe), evaluations, self._reductions)
+
+    def synchronize(self) -> None:
+        """Wait until all that was started is done."""
+        if self.decoder.device.type == "cuda":
+            torch.cuda.synchronize(self.decoder.device)
+
+
+def pick_kernels(asked: str, decoder: Decoder) -> str:
+    """`torch` or `triton`.
+
+    Raises:
+        ValueError: unknown ones, or Triton's for a dtype that they don't have or where there is no Triton.
+    """
+    if asked not in KERNELS:
+        raise ValueError(f"kernels {asked!r}: choose one of {', '.join(KERNELS)}")
+    fits = decoder.dtype in TRITON_DTYPES
+    if asked == "auto":
+        return "triton" if fits and decoder.device.type == "cuda" else "torch"
+    if asked == "triton" and not fits:
+        raise ValueError("Triton's kernels have no float64: use kernels='torch', or another dtype")
+    return asked
+
+
+def _backend(machinery: Machinery, kernels: str, graph_rows: int) -> tuple[Layers, Reductions]:
+    if kernels == "torch":
+        return ReferenceLayers(machinery), TorchReductions()
+    try:
+        from drex.compute.fused import FusedLayers
+        from drex.compute.kernels.check import FusedReductions
+    except ImportError as error:
+        raise ValueError("kernels 'triton' need Triton, which torch brings on Linux: pip install triton") from error
+    on_gpu = machinery.decoder.device.type == "cuda"
+    return FusedLayers(machinery, graph_rows if on_gpu else 0), FusedReductions()

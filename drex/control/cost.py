@@ -105,8 +105,8 @@ class CostModel:
         sizes = np.array(sorted(known))
         wanted = np.round(np.log2(np.maximum(1.0, rows)))
         # Nearest, the smaller of two as near.
-        nearest = sizes[np.abs(wanted[..., None] - sizes).argmin(-1)]
-        out: FloatArray = np.exp(np.vectorize(known.__getitem__, otypes=[np.float64])(nearest))
+        nearest = np.abs(wanted[..., None] - sizes).argmin(-1)
+        out: FloatArray = np.exp(np.array([known[size] for size in sizes.tolist()])[nearest])
         return out
 
     def head_seconds(self, segment: int, rows: float) -> float:

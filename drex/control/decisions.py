@@ -63,7 +63,7 @@ class Decisions:
                 unasked, asked = int(asked.sum()), np.zeros_like(asked)
         rows = np.flatnonzero(asked)
         of, thresholds, live = owners[rows], thresholds[rows], len(rows)
-        draws = [request.draws for request in seats.requests[of].tolist()]
+        draws = seats.draws[of].tolist()
         banned, targets = {}, {}
         for number in np.flatnonzero(seats.restricted[of]).tolist():
             request = seats[of[number]]

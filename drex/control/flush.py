@@ -35,6 +35,8 @@ FEW = 32
 """From so many ready rows on, only multiples of 8 are considered, and all of them."""
 EARNING_MEMORY = 128.0
 """Passes over which θ is averaged."""
+ENOUGH = 64
+"""Passes that tell what checking exits earns."""
 
 
 class ExitRates:
@@ -87,6 +89,8 @@ class FlushRule:
         # How many of the ready rows may start: any few, or as many as fill a step of the cost.
         self._sizes = np.concatenate((self.counts[1:FEW], self.counts[FEW::8]))
         self._tokens = self._seconds = 0.0
+        self._checked = (0.0, 0.0, 0)
+        self._ahead = self._lossless = False
         self._context = 0.0
         self._decoding = 0
         self.outlook = Outlook(cost, kv_fill)
@@ -106,25 +110,45 @@ class FlushRule:
         return self._tokens / self._seconds if self._seconds else None
 
     @property
-    def pays(self) -> bool | None:
-        """Whether the optimum is above full depth at about the present load; None while that isn't solved."""
-        solved = self.outlook.yardstick
-        return None if solved is None or solved.optimal is None else solved.optimal >= solved.full
+    def promises(self) -> float | None:
+        """What checking exits earns at about the present load, tokens a second; None while that isn't known.
 
-    def observe(self, tokens: int, seconds: float) -> None:
-        """Count a pass: tokens decided, and what it took."""
+        The solved optimum; under run-ahead more, if more was earned; where requests are lossless, which nothing solves
+        for, what was earned.
+        """
+        solved, (tokens, seconds, passes) = self.outlook.yardstick, self._checked
+        earned = tokens / seconds if passes >= ENOUGH else None
+        if self._lossless:
+            return earned
+        optimal = solved.optimal if solved is not None else None
+        return optimal if optimal is None or earned is None or not self._ahead else max(optimal, earned)
+
+    @property
+    def pays(self) -> bool | None:
+        """Whether that is above full depth; None while either isn't known."""
+        solved, promised = self.outlook.yardstick, self.promises
+        return None if solved is None or promised is None else promised >= solved.full
+
+    def observe(self, tokens: int, seconds: float, *, checked: bool = True) -> None:
+        """Count a pass: tokens decided, what it took, and whether exits were checked at the time."""
         fade = math.exp(-1.0 / EARNING_MEMORY)
         self._tokens, self._seconds = self._tokens * fade + tokens, self._seconds * fade + seconds
+        if checked:
+            earned, took, passes = self._checked
+            self._checked = earned * fade + tokens, took * fade + seconds, passes + 1
 
-    def tick(self, pass_number: int, decoding: int, context: float) -> None:
+    def tick(
+        self, pass_number: int, decoding: int, context: float, *, ahead: bool = False, lossless: bool = False
+    ) -> None:
         """A decision is due: refresh what it is read from, if it is time.
 
         Args:
             pass_number: of the pass that is decided on.
             decoding: requests that decode.
             context: mean K/V entries of these.
+            ahead, lossless: whether requests run ahead, and whether they do so losslessly.
         """
-        self._decoding = decoding
+        self._decoding, self._ahead, self._lossless = decoding, ahead, lossless
         if self._seconds == 0.0:
             # Nothing was earned yet: full depth is what it takes without exits.
             count = np.array([float(max(1, decoding))])

@@ -39,18 +39,42 @@ class Rows(NamedTuple):
         return len(self.positions)
 
 
+class Entries(NamedTuple):
+    """K/V entries of requests at a segment.
+
+    Attributes:
+        seats, numbers: whose, and which of theirs. Shape (entries,).
+        cells: where they are, for each part; slots of an exit layer where they are aliased. (parts, entries).
+        aliased: (entries,).
+    """
+
+    seats: IntArray
+    numbers: IntArray
+    cells: IntArray
+    aliased: BoolArray
+
+
+NO_ENTRIES = Entries(
+    np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((1, 0), np.int64), np.zeros(0, dtype=np.bool_)
+)
+
+
 class Contexts(NamedTuple):
     """The K/V entries of each span's request at the segment, as they are after the pass, in order of position.
 
     Attributes:
-        lengths: how many. Shape (spans,).
-        starts: the first cell, where the entries of each part lie in consecutive cells. (parts, spans).
-        scattered: the other spans' entries: cells (parts, length), or, where aliased (length,), slots of an exit layer.
+        seats: of the requests. Shape (spans,).
+        lengths: how many entries they have. (spans,).
+        in_run: whether the entries of each part lie in consecutive cells. (spans,).
+        starts: the first cell, where they do. (parts, spans).
+        fresh: of the spans whose entries don't, those that no pass before has told of.
     """
 
+    seats: IntArray
     lengths: IntArray
+    in_run: BoolArray
     starts: IntArray
-    scattered: Mapping[int, tuple[IntArray, BoolArray]]
+    fresh: Entries
 
 
 class Draws(NamedTuple):

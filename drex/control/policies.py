@@ -20,6 +20,8 @@ from drex.control.plan import BoolArray, FloatArray
 
 PROBE_EVERY = 64
 """`adaptive`: while checking exits does not pay, one pass in so many checks all the same, to notice when it would."""
+PROBE = 16
+"""Under run-ahead that many in a row: what they earn shows once buffers have filled and were flushed."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class View:
         owed: decided rows that owe K/V there, of all requests.
         decoding: requests that have their first token.
         context: mean K/V entries of a request.
+        ahead, lossless: whether any of the decoding requests runs ahead, and whether any does so losslessly.
         chances: how likely the next row of each of the `ready` is to be of use, descending; None: all surely are.
     """
 
@@ -54,6 +57,8 @@ class View:
     owed: Sequence[int]
     decoding: int
     context: float
+    ahead: bool = False
+    lossless: bool = False
     chances: FloatArray | None = None
 
 
@@ -92,6 +97,11 @@ class Split:
         """Whether a pass over segment 0 evaluates exit heads at all; asked once for each."""
         return True
 
+    @property
+    def resting(self) -> bool:
+        """Whether exits are not checked for now, because that does not pay and `adaptive` lets it matter."""
+        return False
+
     def choose(self, view: View) -> Choice | None:
         """The next segment, or None if nothing is ready."""
         for segment in range(len(view.live) - 1, 0, -1):
@@ -110,19 +120,21 @@ class Drex(Split):
     def __init__(self, config: EngineConfig, cost: CostModel, kv_fill: str) -> None:
         super().__init__(config, cost, kv_fill)
         self._asked = 0
+        self._ahead = False
 
     def checks_exits(self) -> bool:
         self._asked += 1
-        return not self._resting or self._asked % PROBE_EVERY == 0
+        return not self.resting or self._asked % PROBE_EVERY == 0
 
     @property
-    def _resting(self) -> bool:
-        """Whether exits are not checked for now, because that does not pay and `adaptive` lets it matter."""
-        return self.config.adaptive and self.rule.pays is False
+    def resting(self) -> bool:
+        probing = self._ahead and self._asked % (PROBE_EVERY * PROBE) < PROBE
+        return self.config.adaptive and not probing and self.rule.pays is False
 
     def choose(self, view: View) -> Choice | None:
-        self.rule.tick(view.pass_number, view.decoding, view.context)
-        if self._resting:
+        self._ahead = view.ahead
+        self.rule.tick(view.pass_number, view.decoding, view.context, ahead=view.ahead, lossless=view.lossless)
+        if self.resting:
             return super().choose(view)
         segments = len(view.live)
         # Every buffer may come due in the same pass, and each flush takes one.

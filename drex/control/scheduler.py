@@ -203,6 +203,8 @@ class Scheduler:
             owed=standing.owed,
             decoding=self.seats.decoding,
             context=self._context,
+            ahead=bool(self.seats.drafting.any()),
+            lossless=bool(self.seats.lossless.any()),
         )
         return self.policy.choose(self.view)
 
@@ -305,12 +307,13 @@ class Scheduler:
         load, work, rule = Load.of(done), self._outstanding.pop(done.number), self.policy.rule
         self.cost.observe(done.segment, load, seconds)
         if not work.prompts:
-            rule.observe(work.decided, seconds)
+            rule.observe(work.decided, seconds, checked=not self.policy.resting)
             if done.segment == 0:
                 self._context = load.entries / load.spans
         elif work.live:
             # Prompts came along: the decode rows' share is what they would have taken alone.
-            rule.observe(work.decided, float(rule.seconds(done.segment, work.live, work.fills)))
+            alone = float(rule.seconds(done.segment, work.live, work.fills))
+            rule.observe(work.decided, alone, checked=not self.policy.resting)
 
     def work(self, done: Pass) -> Work:
         """What a pass that `took` was not yet told of did."""

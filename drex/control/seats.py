@@ -29,6 +29,7 @@ class Seats:
 
     Attributes:
         requests: None where the seat is empty. Shape (seats,), as all that has no other.
+        draws: how their tokens are decided.
         idle: whether a request sits there that no outstanding pass holds.
         reached: how many positions have come to each segment: known tokens at the first, positions with K/V at all
             segments last. (segments + 1, seats).
@@ -53,6 +54,7 @@ class Seats:
     def __init__(self, seats: int, segments: int, room: int) -> None:
         self.segments, self.room = segments, room
         self.requests: npt.NDArray[np.object_] = np.full(seats, None)
+        self.draws: npt.NDArray[np.object_] = np.full(seats, None)
         self.idle: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.reached: IntArray = np.zeros((segments + 1, seats), dtype=np.int64)
         self.prompt: IntArray = np.zeros(seats, dtype=np.int64)
@@ -101,7 +103,7 @@ class Seats:
     def sit(self, request: Request) -> int:
         """Give a request a seat; it starts from its record, with no K/V."""
         seat = request.seat = heapq.heappop(self._empty)
-        self.requests[seat] = request
+        self.requests[seat], self.draws[seat] = request, request.draws
         self.idle[seat] = True
         self.reached[:, seat] = 0
         self.reached[0, seat] = len(request.tokens)
@@ -129,7 +131,7 @@ class Seats:
         seat = request.seat
         assert seat is not None
         assert self.idle[seat]
-        self.requests[seat] = request.seat = None
+        self.requests[seat] = self.draws[seat] = request.seat = None
         self.idle[seat] = False
         self.reached[:, seat] = self.prompt[seat] = self.settled[seat] = 0
         self.drafting[seat] = self.lossless[seat] = False

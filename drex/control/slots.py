@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from drex.control.plan import BoolArray, Contexts, IntArray
+from drex.control.plan import NO_ENTRIES, BoolArray, Contexts, Entries, IntArray, ragged
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class SegmentTables:
 
     Shapes: cells (parts, seats, room), of which the first `counts` (seats,) hold cells, or slots where `aliased`
     (seats, room); low and high (parts, seats), the stretch that each part grows in, empty where there is none; in_run
-    (seats,), whether all entries are own cells at `low` plus their index.
+    (seats,), whether all entries are own cells at `low` plus their index; told (seats,), how many of the entries that
+    lie in no run passes have told of.
     """
 
     def __init__(self, parts: int, seats: int, room: int) -> None:
@@ -64,6 +65,7 @@ class SegmentTables:
         self.low: IntArray = np.zeros((parts, seats), dtype=np.int64)
         self.high: IntArray = np.zeros((parts, seats), dtype=np.int64)
         self.in_run: BoolArray = np.ones(seats, dtype=np.bool_)
+        self.told: IntArray = np.zeros(seats, dtype=np.int64)
 
     def entries(self, seat: int) -> tuple[IntArray, BoolArray]:
         """One request's: cells or slots (parts, count), and which are aliases (count,)."""
@@ -83,12 +85,16 @@ class SegmentTables:
         self.counts[seats] = np.maximum(self.counts[seats], entries + 1)
 
     def contexts(self, seats: IntArray) -> Contexts:
-        """What attention reads, by seat."""
-        scattered = {}
-        for span in [] if self.in_run.all() else np.flatnonzero(~self.in_run[seats]).tolist():
-            cells, aliased = self.entries(seats[span])
-            scattered[span] = cells.copy(), aliased.copy()
-        return Contexts(self.counts[seats], self.low[:, seats], scattered)
+        """What attention reads, by seat; the pass that it goes with tells of what is fresh."""
+        in_run = self.in_run[seats]
+        if in_run.all():
+            return Contexts(seats, self.counts[seats], in_run, self.low[:, seats], NO_ENTRIES)
+        scattered = seats[~in_run]
+        which, numbers = ragged(self.told[scattered], self.counts[scattered])
+        of = scattered[which]
+        fresh = Entries(of, numbers, self.cells[:, of, numbers], self.aliased[of, numbers])
+        self.told[scattered] = self.counts[scattered]
+        return Contexts(seats, self.counts[seats], in_run, self.low[:, seats], fresh)
 
 
 class SlotPool:
@@ -158,7 +164,7 @@ class SlotPool:
                 self._unpreferred[start:stop] = True
                 if stop > start:
                     self._left.append(start)
-            table.counts[seat] = 0
+            table.counts[seat] = table.told[seat] = 0
             table.low[:, seat] = table.high[:, seat] = 0
         del self._left[:-MOST_LEFT]
 
@@ -196,6 +202,7 @@ class SlotPool:
         self._cells_in_use -= own.size
         table.aliased[seat, entries:count] = False
         table.counts[seat] = entries
+        table.told[seat] = min(table.told[seat], entries)
         if not table.in_run[seat]:
             cells, aliased = table.entries(seat)
             run = table.low[:, seat, None] + np.arange(entries)

@@ -45,6 +45,18 @@ class Yardstick:
             return self.two_exits.worth[waiting[0], waiting[1]]
         return None
 
+    def gain(self, ready: int, waiting: Sequence[int]) -> float | None:
+        """Worth in tokens of flushing a buffer less that of going on with the ready requests.
+
+        None where not both are possible, or where it is not solved for as many requests.
+        """
+        if not ready or not sum(waiting) or ready + sum(waiting) != self.in_flight:
+            return None
+        worth = self.worth(waiting)
+        if worth is None:
+            return None
+        return max(worth[segment] for segment, count in enumerate(waiting, 1) if count) - worth[0]
+
 
 def measure(
     cost: CostModel,

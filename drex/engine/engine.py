@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drex.control.cost import Load
 from drex.control.plan import Pass, PassResult
+from drex.control.policies import View
 from drex.control.scheduler import Scheduler
 from drex.control.standing import Standing
 from drex.engine.detokenizer import Detokenizer
@@ -33,6 +34,19 @@ class _Sample:
     detokenizer: Detokenizer
     tokens: list[TokenOutput] = field(default_factory=list)
     last_at: float = 0.0
+
+
+class _UnderWay(NamedTuple):
+    """A pass that was submitted: what it was chosen from, when it was begun to be planned, and when it was.
+
+    `gain` is as of `PassRecord`.
+    """
+
+    batch: Pass
+    view: View | None
+    gain: float | None
+    started: float
+    planned: float
 
 
 @dataclass
@@ -68,6 +82,7 @@ class Engine:
         self.metrics = Metrics()
         self.history: list[PassRecord] | None = None
         self._said = False
+        self._under_way: _UnderWay | None = None
         self._samples: dict[str, _Sample] = {}
         self._layers = list(accumulate(scheduler.layout.lengths))
 
@@ -95,8 +110,7 @@ class Engine:
         if request_id in self._samples:
             self.scheduler.finish(request_id, FinishReason.ABORT)
             request = self._samples.pop(request_id).request
-            if request.finish_reason is not None:
-                self.metrics.ended(request, self.executor.now())
+            self.metrics.ended(request, FinishReason.ABORT, self.executor.now())
 
     @property
     def unfinished(self) -> int:
@@ -105,38 +119,65 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request is unfinished."""
-        return bool(self._samples)
+        """Whether any request is unfinished, or a pass under way."""
+        return bool(self._samples) or self._under_way is not None
 
     def step(self) -> list[Emitted]:
-        """Run one pass. Returns what it brought to each request that got a token or ended."""
+        """Finish one pass. Returns what it brought to each request that got a token or ended.
+
+        Where passes run beside this thread the next one is started as soon as this one has been taken in, and runs
+        while text is made of what this one brought.
+        """
         executor, scheduler = self.executor, self.scheduler
-        started = executor.now()
-        batch = scheduler.next(started)
-        if batch is None:
+        current = self._under_way or self._start()
+        if current is None:
             return []
-        planned = executor.now()
+        self._under_way = None
         try:
-            executor.submit(batch)
             result = executor.collect()
-        except BaseException as error:  # an interruption: the pass is lost, and so are its requests
-            lost = PassResult(None, RuntimeError(f"interrupted: {error!r}"))
-            for request in scheduler.commit(batch, lost, executor.now()):
-                self._samples.pop(request.request_id, None)
+        except BaseException as error:
+            self._lose(current.batch, error)
             raise
         executed = executor.now()
-        out = [self._emit(request, result.error, executed) for request in scheduler.commit(batch, result, executed)]
+        touched = scheduler.commit(current.batch, result, executed)
+        if executor.asynchronous:
+            self._under_way = self._start()
+        # A request that a stop string has ended may have been in a pass that was under way then.
+        out = [self._emit(each, result.error, executed) for each in touched if each.request_id in self._samples]
         ended = executor.now()
+        seconds = (executed if executor.asynchronous else ended) - current.started
         if self.history is not None:
-            self.history.append(self._record(batch, started, ended - started))
-        scheduler.took(batch, ended - started)
+            self.history.append(self._record(current, seconds))
+        scheduler.took(current.batch, seconds)
         self.stats.passes += 1
-        self.stats.rows += batch.rows
+        self.stats.rows += current.batch.rows
         self.stats.peak_slots = max(self.stats.peak_slots, scheduler.pool.in_use)
-        self.stats.executor_seconds += executed - planned
-        self.stats.own_seconds += planned - started + ended - executed
+        self.stats.executor_seconds += executed - current.planned
+        self.stats.own_seconds += current.planned - current.started + ended - executed
         self._say_if_it_does_not_pay()
         return out
+
+    def _start(self) -> _UnderWay | None:
+        """Plan a pass and submit it; None while nothing can run."""
+        started = self.executor.now()
+        batch = self.scheduler.next(started)
+        if batch is None:
+            return None
+        view, found = self.scheduler.view, self.scheduler.policy.rule.outlook.yardstick
+        gain = None if view is None or found is None or view.prompts else found.gain(view.ready, view.live[1:])
+        under_way = _UnderWay(batch, view, gain, started, self.executor.now())
+        try:
+            self.executor.submit(batch)
+        except BaseException as error:
+            self._lose(batch, error)
+            raise
+        return under_way
+
+    def _lose(self, batch: Pass, error: BaseException) -> None:
+        """An interruption: the pass is lost, and so are its requests."""
+        lost = PassResult(None, RuntimeError(f"interrupted: {error!r}"))
+        for request in self.scheduler.commit(batch, lost, self.executor.now()):
+            self._samples.pop(request.request_id, None)
 
     def _say_if_it_does_not_pay(self) -> None:
         rule = self.scheduler.policy.rule
@@ -147,7 +188,7 @@ class Engine:
             log.warning(
                 "early exit does not pay here: %.1f tokens/s at best against %.1f at full depth, with %d decoding; "
                 "`drex advise` says more, adaptive=True stops checking while this is so",
-                found.optimal,
+                rule.promises,
                 found.full,
                 found.in_flight,
             )
@@ -184,12 +225,21 @@ class Engine:
             "slots": scheduler.pool.capacity,
         }
 
-    def _record(self, batch: Pass, started: float, seconds: float) -> PassRecord:
-        view, work = self.scheduler.view, self.scheduler.work(batch)
+    def _record(self, done: _UnderWay, seconds: float) -> PassRecord:
+        batch, view, work = done.batch, done.view, self.scheduler.work(done.batch)
         ready, live = (view.ready, tuple(view.live)) if view is not None else (0, ())
         load = Load.of(batch)
         return PassRecord(
-            batch.number, batch.segment, ready, live, work.prompts > 0, load, work.decided, started, seconds
+            batch.number,
+            batch.segment,
+            ready,
+            live,
+            work.prompts > 0,
+            load,
+            done.gain,
+            work.decided,
+            done.started,
+            seconds,
         )
 
     def _emit(self, request: Request, error: Exception | None, now: float) -> Emitted:
@@ -206,12 +256,12 @@ class Engine:
                 del request.records[number:], request.tokens[len(request.prompt) + number :]
                 break
         self.stats.tokens += len(fresh)
+        reason = request.finish_reason
         if sample.detokenizer.stopped_at is not None:
             request.stop_reason = sample.detokenizer.stopped_at
-            if request.finish_reason is None:
+            if reason is None:
                 self.scheduler.finish(request.request_id, FinishReason.STOP)
-            request.finish_reason = FinishReason.STOP
-        reason = request.finish_reason
+            reason = FinishReason.STOP
         if reason is not None:
             rest = sample.detokenizer.finish()
             if rest and fresh:
@@ -222,7 +272,7 @@ class Engine:
         if reason is None:
             return request.request_id, chunk, None
         del self._samples[request.request_id]
-        self.metrics.ended(request, now)
+        self.metrics.ended(request, reason, now)
         done = CompletionOutput(
             index=request.sample,
             text=sample.detokenizer.text,

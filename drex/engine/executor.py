@@ -8,7 +8,13 @@ from drex.control.plan import Pass, PassResult
 
 
 class Executor(Protocol):
-    """Runs passes in the order in which they were submitted."""
+    """Runs passes in the order in which they were submitted.
+
+    Attributes:
+        asynchronous: whether a pass runs beside this thread from `submit` on.
+    """
+
+    asynchronous: bool
 
     def now(self) -> float:
         """The time, in seconds from some start."""

@@ -29,6 +29,8 @@ class PassRecord(NamedTuple):
         live: rows that waited at each segment (0 at segment 0).
         prompts: whether requests other than decoding ones took part.
         load: what it had to do.
+        gain: what flushing was predicted to be worth more than going on, in tokens, when both were possible and the
+            yardstick for as many requests was at hand; else None.
         tokens: decided by it.
         started, seconds: of the whole step.
     """
@@ -39,6 +41,7 @@ class PassRecord(NamedTuple):
     live: tuple[int, ...]
     prompts: bool
     load: Load
+    gain: float | None
     tokens: int
     started: float
     seconds: float
@@ -80,13 +83,12 @@ class Metrics:
             name = request.request_id
             self._longest_gap[name] = max(seconds, self._longest_gap.get(name, 0.0))
 
-    def ended(self, request: Request, now: float) -> None:
-        """A request ended, for whatever reason."""
-        assert request.finish_reason is not None
-        self.finished[request.finish_reason.value] += 1
+    def ended(self, request: Request, reason: FinishReason, now: float) -> None:
+        """A request ended."""
+        self.finished[reason.value] += 1
         longest = self._longest_gap.pop(request.request_id, 0.0)
         self._count_exits(request)
-        if request.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
+        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
             return
         assert request.first_token_at is not None
         ttft, rct = request.first_token_at - request.arrived_at, now - request.arrived_at

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 
+from drex.compute.sampler import Judgement
 from drex.compute.segments import SegmentRunner
 from drex.control.plan import Pass, PassResult
 
@@ -12,11 +14,15 @@ log = logging.getLogger(__name__)
 
 
 class TorchExecutor:
-    """Runs each pass at once, in this thread. A pass that fails gives a result with its error, not an exception."""
+    """Runs passes: on a CPU at once, in this thread; on a GPU beside it.
+
+    A pass that fails gives a result with its error, not an exception.
+    """
 
     def __init__(self, runner: SegmentRunner) -> None:
         self.runner = runner
-        self._results: list[PassResult] = []
+        self.asynchronous = runner.decoder.device.type == "cuda"
+        self._started: deque[tuple[Pass, Judgement | Exception | None]] = deque()
 
     def now(self) -> float:
         return time.perf_counter()
@@ -26,11 +32,16 @@ class TorchExecutor:
 
     def submit(self, batch: Pass) -> None:
         try:
-            result = PassResult(self.runner.run(batch))
+            self._started.append((batch, self.runner.start(batch)))
         except Exception as error:  # whatever it is, the requests of this pass must get an answer
-            log.exception("pass %d over segment %d failed", batch.number, batch.segment)
-            result = PassResult(None, error)
-        self._results.append(result)
+            self._started.append((batch, error))
 
     def collect(self) -> PassResult:
-        return self._results.pop(0)
+        batch, started = self._started.popleft()
+        try:
+            if isinstance(started, Exception):
+                raise started
+            return PassResult(self.runner.finish(started))
+        except Exception as error:
+            log.exception("pass %d over segment %d failed", batch.number, batch.segment)
+            return PassResult(None, error)

@@ -105,6 +105,8 @@ class VirtualExecutor:
         exits: what exit points say; None: as `DrawnExits` does.
     """
 
+    asynchronous = False
+
     def __init__(self, cost: CostModel, exits: ExitSource | None = None) -> None:
         self._cost, self._exits = cost, exits or DrawnExits()
         self._clock = 0.0
@@ -136,6 +138,7 @@ class Recorder:
 
     def __init__(self, inner: Executor) -> None:
         self.inner = inner
+        self.asynchronous = inner.asynchronous
         self.times: list[float] = []
         self.results: list[PassResult] = []
 
@@ -162,6 +165,7 @@ class Replay:
     """
 
     def __init__(self, recorded: Recorder) -> None:
+        self.asynchronous = recorded.asynchronous
         self._times, self._results = deque(recorded.times), deque(recorded.results)
 
     def now(self) -> float:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from drex.compute.device import device_name
 from drex.compute.segments import SegmentRunner
 from drex.config import EngineConfig, ExitRule
-from drex.control.plan import Contexts, Draws, Evaluations, IntArray, Pass, Rows, ragged
+from drex.control.plan import NO_ENTRIES, Contexts, Draws, Evaluations, IntArray, Pass, Rows, ragged
 from drex.control.profile import Curve, Profile, SegmentCost
 from drex.request import SamplingParams
 
@@ -52,7 +53,10 @@ class Profiler:
         """All segments, with the number of threads that torch has now."""
         most = self.config.max_num_batched_tokens
         largest = min(most, 2 * self.config.max_num_seqs + self.config.max_fill_rows)
-        grid = [count for count in GRID if count < largest] + [largest]
+        # Passes that replay graphs take as long as the next larger graph.
+        buckets = self.runner.buckets
+        counts = [*buckets, *(count for count in GRID if not buckets or count > buckets[-1])]
+        grid = [count for count in counts if count < largest] + [largest]
         segments = []
         with _bar("measuring this machine", len(self.layout.lengths) * len(grid), progress) as advance:
             for segment in range(len(self.layout.lengths)):
@@ -65,16 +69,24 @@ class Profiler:
     def _on_cpu(self) -> bool:
         return self.runner.decoder.device.type == "cpu"
 
+    def try_largest(self) -> None:
+        """Run the passes that need the most memory: all rows that one may have, and all heads that one may evaluate."""
+        for segment in range(len(self.layout.lengths)):
+            self.runner.run(self._prompt(segment, min(self.config.max_num_batched_tokens, self._room(segment))))
+            ask = self._evaluations(np.arange(self.config.max_num_seqs))
+            hidden = self.hidden(len(ask))
+            self.runner.evaluate(segment, hidden, hidden, ask)
+
     def full_depth_seconds(self, rows: int) -> float:
         """One token for each of so many requests, through all segments, exit heads left out."""
         last = len(self.layout.lengths) - 1
-        passes = [self._decode(s, rows, self._context(s, rows), rows if s == last else 0) for s in range(last + 1)]
+        passes = [self.decode_pass(s, rows, self._context(s, rows), rows if s == last else 0) for s in range(last + 1)]
         return self._time(lambda: [self.runner.run(each) for each in passes])
 
     def _segment(self, segment: int, grid: list[int], advance: Callable[[], None]) -> SegmentCost:
         widest = min(self.config.max_num_seqs, self._room(segment))
         live = [count for count in grid if count < widest] + [widest]
-        head = {count: self._head(segment, count) for count in live}
+        head = {count: self.head_seconds(segment, count) for count in live}
         entry = self._entry(segment, min(8, widest))
         # The last segment runs its last layer for evaluated rows only, so there all are, and the head is taken off.
         final = segment == len(self.layout.lengths) - 1
@@ -82,23 +94,28 @@ class Profiler:
         for count in grid:
             if count in head:
                 context = self._context(segment, count)
-                seconds = self._time_pass(self._decode(segment, count, context, count if final else 0))
+                seconds = self.time_pass(self.decode_pass(segment, count, context, count if final else 0))
                 apart[count] = seconds - (head[count] if final else 0.0) - entry * count * context
             if count <= self._room(segment):
-                seconds = self._time_pass(self._prompt(segment, count))
+                seconds = self.time_pass(self._prompt(segment, count))
                 together[count] = seconds - head[1] - entry * count
             advance()
         further = [(apart[n] - together[n]) / (n - 1) for n in live if n > 1 and n in together]
         span = max(0.0, statistics.median(further)) if further else 0.0
         rows = {n: seconds for n, seconds in together.items() if n > widest}
         rows.update({n: seconds - span * (n - 1) for n, seconds in apart.items()})
-        return SegmentCost(_curve(rows), _curve(head), span, entry, self._kv_row(segment, widest))
+        return SegmentCost(
+            _curve(_stepped(rows, self.runner.buckets)), _curve(head), span, entry, self._kv_row(segment, widest)
+        )
 
-    def _head(self, segment: int, rows: int) -> float:
+    def head_seconds(self, segment: int, rows: int) -> float:
         """Evaluations of so many rows."""
-        decoder, ask = self.runner.decoder, self._evaluations(np.arange(rows))
-        hidden = torch.zeros(rows, decoder.spec.hidden_size, device=decoder.device, dtype=decoder.dtype)
+        ask, hidden = self._evaluations(np.arange(rows)), self.hidden(rows)
         return self._time(lambda: self.runner.evaluate(segment, hidden, hidden, ask))
+
+    def hidden(self, rows: int) -> torch.Tensor:
+        decoder = self.runner.decoder
+        return torch.zeros(rows, decoder.spec.hidden_size, device=decoder.device, dtype=decoder.dtype)
 
     def _entry(self, segment: int, rows: int) -> float:
         """A K/V entry that attention reads."""
@@ -106,7 +123,7 @@ class Profiler:
         long = min(short * LONG_CONTEXT, self._room(segment) // rows, self.config.max_model_len)
         if long <= short:
             return 0.0
-        near, far = (self._time_pass(self._decode(segment, rows, context, 1)) for context in (short, long))
+        near, far = (self.time_pass(self.decode_pass(segment, rows, context, 1)) for context in (short, long))
         return max(0.0, (far - near) / (rows * (long - short)))
 
     def _kv_row(self, segment: int, rows: int) -> float:
@@ -115,7 +132,7 @@ class Profiler:
             return 0.0
         rows = min(rows, 16, self._room(segment) // (2 * CONTEXT)) or 1
         context = self._context(segment, 2 * rows)
-        plain, more = (self._time_pass(self._decode(segment, rows, context, 1, fills)) for fills in (0, rows))
+        plain, more = (self.time_pass(self.decode_pass(segment, rows, context, 1, fills)) for fills in (0, rows))
         return max(0.0, (more - plain) / rows)
 
     # Made-up passes
@@ -127,7 +144,7 @@ class Profiler:
     def _context(self, segment: int, rows: int) -> int:
         return max(1, min(CONTEXT, self._room(segment) // rows, self.config.max_model_len))
 
-    def _decode(self, segment: int, rows: int, context: int, asked: int, fills: int = 0) -> Pass:
+    def decode_pass(self, segment: int, rows: int, context: int, asked: int, fills: int = 0) -> Pass:
         """Rows of as many requests, the first `asked` of them evaluated, the first `fills` with a K/V-only row."""
         stops = np.full(rows, context)
         return self._pass(segment, stops - 1, stops, np.arange(rows) * context, np.arange(asked), fills)
@@ -156,7 +173,7 @@ class Profiler:
             visible=positions + 1,
             tokens=np.zeros(len(positions) if segment == 0 else 0, dtype=np.int64),
             fill=Rows(positions[:fills], arena[len(positions) :], where[:, :fills]),
-            context=Contexts(stops, parts + cells, {}),
+            context=Contexts(np.zeros_like(stops), stops, np.ones(len(stops), np.bool_), parts + cells, NO_ENTRIES),
             evaluations=self._evaluations(asked),
         )
 
@@ -167,7 +184,7 @@ class Profiler:
 
     # Time
 
-    def _time_pass(self, batch: Pass) -> float:
+    def time_pass(self, batch: Pass) -> float:
         return self._time(lambda: self.runner.run(batch))
 
     def _time(self, action: Callable[[], object]) -> float:
@@ -175,16 +192,12 @@ class Profiler:
         times: list[float] = []
         least, most = REPEATS
         while len(times) < most and (len(times) < least or sum(times) < POINT_SECONDS):
-            self._wait()
+            self.runner.synchronize()
             started = time.perf_counter()
             action()
-            self._wait()
+            self.runner.synchronize()
             times.append(time.perf_counter() - started)
         return statistics.median(times)
-
-    def _wait(self) -> None:
-        if not self._on_cpu:
-            torch.cuda.synchronize(self.runner.decoder.device)
 
 
 def choose_threads(profiler: Profiler, limit: int) -> int:
@@ -198,6 +211,12 @@ def choose_threads(profiler: Profiler, limit: int) -> int:
     best = min(scores, key=lambda threads: scores[threads])
     torch.set_num_threads(best)
     return best
+
+
+def _stepped(points: dict[int, float], buckets: Sequence[int]) -> dict[int, float]:
+    """Between two buckets passes take as long as at the larger one."""
+    known = [count for count in buckets if count in points]
+    return {**points, **{smaller + 1: points[larger] for smaller, larger in pairwise(known)}}
 
 
 def _curve(points: dict[int, float]) -> Curve:

@@ -97,6 +97,8 @@ def _key(runner: SegmentRunner, config: EngineConfig, exits: ExitPlan, threads: 
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
         "dtype": str(runner.decoder.dtype),
+        "kernels": runner.kernels,
+        "graphs": list(runner.buckets[-1:]),
         "torch": torch.__version__,
     }
 

@@ -40,7 +40,8 @@ def test_a_growing_request_stays_in_one_run_while_others_grow_too() -> None:
     for table in pool.tables:
         contexts = table.contexts(at(1, 0))
         assert contexts.lengths.tolist() == [20, 20]
-        assert not contexts.scattered
+        assert contexts.in_run.all()
+        assert not len(contexts.fresh.seats)
         for span, seat in enumerate((1, 0)):
             run = contexts.starts[:, span, None] + np.arange(20)
             assert np.array_equal(run, table.entries(seat)[0])
@@ -56,7 +57,7 @@ def test_preferred_cells_are_taken_by_others_when_there_are_no_more() -> None:
     assert sorted(more(pool, 0, late, 8)[0].tolist()) == list(range(2, 10))
     pool.close(late)
     assert more(pool, 0, grows, 8)[0].tolist() == list(range(2, 10))
-    assert not pool.tables[0].contexts(at(grows)).scattered
+    assert pool.tables[0].contexts(at(grows)).in_run.all()
 
 
 def test_a_request_whose_next_cell_is_taken_goes_on_elsewhere_and_is_no_run_any_more() -> None:
@@ -67,9 +68,11 @@ def test_a_request_whose_next_cell_is_taken_goes_on_elsewhere_and_is_no_run_any_
     more(pool, 0, first, 1)
     assert more(pool, 0, second, 2)[0].tolist() == [1, 2]
     assert more(pool, 0, first, 3)[0].tolist() == [4, 5, 3]
-    cells, aliased = pool.tables[0].contexts(at(first)).scattered[0]
-    assert cells.tolist() == [[0, 4, 5, 3]]
-    assert not aliased.any()
+    contexts = pool.tables[0].contexts(at(first))
+    assert not contexts.in_run.any()
+    assert contexts.fresh.numbers.tolist() == [0, 1, 2, 3]
+    assert contexts.fresh.cells.tolist() == [[0, 4, 5, 3]]
+    assert not contexts.fresh.aliased.any()
     pool.claim(6)
     pool.check_integrity([first, second])
 
@@ -81,10 +84,10 @@ def test_an_alias_takes_no_slot_and_names_the_exit_layers_slot() -> None:
     before = pool.in_use
     pool.append_aliases(1, at(0), at(0), cell)
     assert pool.in_use == before == 2
-    cells, aliased = pool.tables[1].contexts(at(0)).scattered[0]
-    assert aliased.tolist() == [True]
+    fresh = pool.tables[1].contexts(at(0)).fresh
+    assert fresh.aliased.tolist() == [True]
     # Plane 1 is the second layer of the segment: the one that was executed last.
-    assert cells.tolist() == [[1 * pool.num_cells + int(cell[0])]]
+    assert fresh.cells.tolist() == [[1 * pool.num_cells + int(cell[0])]]
     pool.close(0)
     assert pool.in_use == 0
 
@@ -126,3 +129,32 @@ def test_every_cell_is_accounted_for_after_any_opens_appends_and_closes(data: st
                     assert np.array_equal(table.entries(seat)[0][:, start:], got)
         pool.check_integrity(held)
         assert pool.in_use == sum(held.values()) == pool.claimed
+
+
+def test_entries_that_lie_in_no_run_are_told_of_once_and_again_when_they_were_taken_back() -> None:
+    pool = SlotPool(SlotLayout((1,)), tokens=8, seats=3, room=8)
+    for seat in range(3):
+        pool.open(seat, 8)
+    more(pool, 0, 0, 2)
+    more(pool, 0, 1, 1)
+    more(pool, 0, 0, 3)
+    table = pool.tables[0]
+
+    def told() -> list[tuple[int, int]]:
+        fresh = table.contexts(at(0)).fresh
+        return list(zip(fresh.numbers.tolist(), fresh.cells[0].tolist(), strict=True))
+
+    held = table.entries(0)[0][0].tolist()
+    assert not table.in_run[0]
+    assert told() == list(enumerate(held))
+    assert told() == []
+    more(pool, 0, 0, 1)
+    assert [number for number, _ in told()] == [5]
+    pool.cut(table, 0, 4)
+    more(pool, 0, 0, 2)
+    again = told()
+    assert [number for number, _ in again] == [4, 5]
+    assert [cell for _, cell in again] == table.entries(0)[0][0, 4:].tolist()
+    pool.close(0)
+    pool.open(0, 8)
+    assert table.told[0] == 0

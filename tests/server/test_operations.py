@@ -217,14 +217,14 @@ def test_a_pass_that_fails_is_an_error_for_those_in_it_and_nobody_else(
 ) -> None:
     with fresh() as server:
         runner = server.serving.llm.engine.executor.runner
-        whole = runner.run
+        whole = runner.start
 
         def failing(batch: Any) -> Any:
             if 13 in batch.tokens:
                 raise MemoryError("no memory")
             return whole(batch)
 
-        monkeypatch.setattr(runner, "run", failing)
+        monkeypatch.setattr(runner, "start", failing)
         bad = {"prompt": [13, 5], "max_tokens": 5}
         reply = post(f"{url(server)}/v1/completions", json=bad)
         assert reply.status_code == 500

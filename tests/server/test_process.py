@@ -24,7 +24,6 @@ from server_fixtures import until
 
 from drex import LLM, SamplingParams
 from drex.cli.serve import serve
-from drex.server.memory import fitting
 
 DREX = str(Path(sys.executable).with_name("drex"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -158,17 +157,6 @@ def test_the_bundled_model_is_served_and_its_tokens_are_pythons(tmp_path: Path) 
 def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         serve(**options)
-
-
-def test_share_of_a_gpu() -> None:
-    sizes: dict[str, Any] = {"total": 100 * 2**30, "weights": 20 * 2**30, "token": 2**20, "length": 1024}
-    # Nine tenths of 100 GiB, less 10 that others use, 20 of weights and 1 to spare.
-    assert fitting(0.9, free=90 * 2**30, **sizes, most=1000) == 59 * 1024
-    assert fitting(0.9, free=90 * 2**30, **sizes, most=10) == 10 * 1024
-    assert fitting(1.0, free=30 * 2**30, **sizes, most=1000) == 9 * 1024
-    for share, said in ((0.3, "not enough for one request of 1024 tokens"), (0.0, "a share in"), (1.1, "a share in")):
-        with pytest.raises(ValueError, match=said):
-            fitting(share, free=90 * 2**30, **sizes, most=1000)
 
 
 def test_without_its_libraries_it_says_what_to_install() -> None:

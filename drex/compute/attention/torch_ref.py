@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drex.compute.kv import KVPool
-from drex.control.plan import Contexts, IntArray, Pass
+from drex.compute.kv import KVPool, KVTables
+from drex.control.plan import IntArray, Pass
 
 Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
@@ -38,31 +38,36 @@ class TorchAttention:
 
     Args:
         pool: K/V memory.
+        tables: that have heard of the pass's fresh entries.
         batch: the pass; the full rows of its spans lie one after the other in the queries.
         heads, kv_heads: of the decoder.
     """
 
-    def __init__(self, pool: KVPool, batch: Pass, heads: int, kv_heads: int) -> None:
+    def __init__(self, pool: KVPool, tables: KVTables, batch: Pass, heads: int, kv_heads: int) -> None:
         self.pool, self.heads, self.kv_heads = pool, heads, kv_heads
         self._readers: list[_Reader] = []
-        lengths, starts = batch.context.lengths.tolist(), batch.context.starts.T.tolist()
+        context = batch.context
+        lengths, starts, seats = context.lengths.tolist(), context.starts.T.tolist(), context.seats.tolist()
+        runs = context.in_run.tolist()
         row = 0
         for span, (size, length) in enumerate(zip(batch.sizes.tolist(), lengths, strict=True)):
             if size:
-                run = span not in batch.context.scattered
-                parts = self._runs(starts[span], length) if run else self._scattered(batch.context, span)
+                parts = (
+                    self._runs(starts[span], length)
+                    if runs[span]
+                    else self._scattered(tables, batch.segment, seats[span], length)
+                )
                 mask = _mask(batch.visible[row : row + size], length, pool.keys.device)
-                self._readers.append(_Reader(row, row + size, mask, parts, run))
+                self._readers.append(_Reader(row, row + size, mask, parts, runs[span]))
                 row += size
 
     def _runs(self, starts: Sequence[int], length: int) -> tuple[Views, ...]:
         return tuple((_views(self.pool.keys, s, length), _views(self.pool.values, s, length)) for s in starts)
 
-    def _scattered(self, context: Contexts, span: int) -> tuple[tuple[Tensor, Tensor], ...]:
-        cells, aliased = context.scattered[span]
-        device = self.pool.keys.device
-        own = torch.from_numpy(~aliased).to(device)
-        return tuple((part, own) for part in torch.from_numpy(cells).to(device).unbind(0))
+    @staticmethod
+    def _scattered(tables: KVTables, segment: int, seat: int, length: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        own = ~tables.aliased[segment][seat, :length]
+        return tuple((part, own) for part in tables.cells[segment][:, seat, :length].unbind(0))
 
     def forward(self, part: int, plane: int, queries: Tensor) -> Tensor:
         """Shapes: queries (rows, heads, head_dim) -> (rows, heads * head_dim)."""
