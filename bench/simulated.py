@@ -96,8 +96,10 @@ def config_for(count: int) -> EngineConfig:
     return EngineConfig(longest, count, 2048, count * longest, max(256, 8 * count))
 
 
-def serve(scenario: Scenario, name: str, count: int, fixed: Fixed | None = None, off: float = 0.0) -> Cell:
-    """A policy while all N decode, after a turn that warms up; `fixed` takes the place of the rule."""
+def serve(
+    scenario: Scenario, name: str, count: int, fixed: Fixed | None = None, off: float = 0.0, turns: int = 1
+) -> Cell:
+    """A policy while all N decode, for some turns after one that warms up; `fixed` takes the place of the rule."""
     config = replace(config_for(count), **policy_settings(name))
     if fixed is not None:
         config = replace(config, max_draft=fixed[3])
@@ -110,12 +112,13 @@ def serve(scenario: Scenario, name: str, count: int, fixed: Fixed | None = None,
     if off:
         scheduler.drafts.acceptance = acceptance = Miscalibrated(scheduler.segments - 1)
         acceptance.off = off
-    for turn in range(2):
+    for turn in range(1 + turns):
         jobs = [Job(PROMPT, TOKENS)] * count
         requests = list(scenario.requests(jobs, scheduler.segments, config.run_ahead))
         for number, (_, request) in enumerate(requests):
             request.request_id, request.seed = f"{turn}/{number}", turn * count + number
-        cell.history = while_all_decode(cell.engine, requests, count)
+        passes = while_all_decode(cell.engine, requests, count)
+        cell.history += passes if turn else []
     return cell
 
 

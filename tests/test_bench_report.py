@@ -172,6 +172,49 @@ def test_synthetic_exits_are_marked_in_the_head_and_at_every_figure(report: dict
     assert "trained model" in trained.words
 
 
+def an_ahead(drafted: int) -> dict[str, Any]:
+    """What a run under run-ahead says of its drafts."""
+    bins = [(0.28125, 0, 0, 0.0), (0.46875, 64, 16, 24.0), (0.90625, 36, 27, 30.6)]
+    names = "confidence", "verified", "accepted", "expected"
+    return {
+        "drafted": drafted,
+        "verified": 100,
+        "accepted": 43,
+        "rolled_back": 71,
+        "calibration_error": 0.0771,
+        "tokens_per_flush": 5.43,
+        "calibration": [dict(zip(names, each, strict=True)) for each in bins],
+    }
+
+
+def test_drafts_are_shown_where_a_policy_drafts(report: dict[str, Any]) -> None:
+    heads = {"Which drafts are right", "What becomes of drafts"}
+    assert heads.isdisjoint(Page(render(report)).words)
+    none = {**a_run("drex+lossless", 8, 1.0), "run_ahead": {**an_ahead(0), "calibration": []}}
+    ahead = [{**a_run("drex+run-ahead", n, 1.0), "run_ahead": an_ahead(1580)} for n in COUNTS]
+    assert heads.isdisjoint(Page(render({**report, "runs": [*report["runs"], none]})).words)
+    page = Page(render({**report, "runs": [*report["runs"], none, *ahead]}))
+    assert heads <= set(page.words)
+    # Tips: all counts in flight together by confidence, and each one's rows over its 7,900 tokens.
+    tips = {str(at["data-tip"]) for _, at in page.tags if at.get("data-tip")}
+    assert "drex+run-ahead, confidence about 0.46875\n192 drafts\naccepted: 25.0 %\nlearnt: 37.5 %" in tips
+    said = "drafted: 1,580, 0.2 a token", "accepted: 43, 0.00544 a token", "rolled back: 71, 0.00899 a token"
+    assert "\n".join(["drex+run-ahead, 8 in flight", *said]) in tips
+    assert not any("lossless, confidence" in tip or "confidence about 0.28" in tip for tip in tips)
+    assert {"1,580", "43", "71", "7.7 %", "5.43"} <= set(page.cells)
+
+
+def test_anything_about_drafts_may_be_missing(report: dict[str, Any]) -> None:
+    for way in leaves(an_ahead(1580))[1:]:
+        ahead = an_ahead(1580)
+        place: Any = ahead
+        for key in way[:-1]:
+            place = place[key]
+        place[way[-1]] = None
+        runs = [{**a_run("drex+run-ahead", 8, 1.0), "run_ahead": ahead}]
+        assert not any("None" in words for words in Page(render({**report, "runs": runs})).words), way
+
+
 def leaves(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The ways to all values, containers included."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

@@ -40,13 +40,14 @@ def _key(names: Sequence[tuple[str, str]]) -> str:
     return f'<ul class="key">{"".join(items)}</ul>'
 
 
-def _at(run: dict[str, Any]) -> float:
+def place(run: dict[str, Any]) -> float:
     """Where a run stands on a logarithmic axis."""
     return max(1.0, float(run["in_flight"]))
 
 
-def _in_flight(runs: Iterable[dict[str, Any]]) -> Axis:
-    return Axis("requests in flight", tuple(sorted({_at(run) for run in runs})), log=True)
+def in_flight(runs: Iterable[dict[str, Any]]) -> Axis:
+    """The axis of their counts in flight."""
+    return Axis("requests in flight", tuple(sorted({place(run) for run in runs})), log=True)
 
 
 def _speeds(story: Story, rate: str, relative: bool) -> list[Series]:
@@ -55,7 +56,7 @@ def _speeds(story: Story, rate: str, relative: bool) -> list[Series]:
     def at(run: dict[str, Any], way: str) -> Point:
         full = (story.full_depth(run, rate) or math.inf) if relative else 1.0
         each = [value / full for value in reals(run.get("each"))] if way == "tokens_per_s" else []
-        return Point(_at(run), run[way] / full, min(each, default=None), max(each, default=None))
+        return Point(place(run), run[way] / full, min(each, default=None), max(each, default=None))
 
     series = []
     for way, name in (("ideal", "ideal"), ("theta_star", "θ*"), ("full", "full depth")):
@@ -109,28 +110,35 @@ def _latency(story: Story) -> str:
         mean, p95, p99 = (real(run, f"rct_ms.{time}") for time in ("mean", "p95", "p99"))
         assert mean is not None
         high, far = (None if value is None else value * scale for value in (p95, p99))
-        return Point(_at(run), mean * scale, mean * scale, high, far)
+        return Point(place(run), mean * scale, mean * scale, high, far)
 
     lines = {policy: [point(run) for run in runs] for policy, runs in groups.items()}
     means = {policy: [Point(one.x, one.y) for one in points] for policy, points in lines.items()}
-    x = _in_flight(run for runs in groups.values() for run in runs)
+    x = in_flight(run for runs in groups.values() for run in runs)
     panels = []
     for policy, runs in groups.items():
         frame = framed(x, Axis.over(f"RCT, {unit}", [top * scale for top in tops], count=4), 300, 250, 14)
         tips: dict[float, str] = {}
         for run in runs:
             said = (f"{time}: {number(real(run, f'rct_ms.{time}'))} ms" for time in TIMES)
-            tips[_at(run)] = "\n".join([f"{policy}, {_at(run):g} in flight", *said])
+            tips[place(run)] = "\n".join([f"{policy}, {place(run):g} in flight", *said])
         color, shape = story.look(policy)
         others = [Series("", "var(--quiet)", line, "context") for name, line in means.items() if name != policy]
         drawn = [one.draw(frame) for one in [*others, Series(policy, color, lines[policy], "line", shape)]]
         body = [frame.axes(), *drawn, frame.columns(sorted(tips.items()))]
         picture = svg(300, 250, f"Request completion time, {policy}", "Mean, p95 and p99 against in flight", body)
-        panels.append(f'<div><h3 style="color:{color}">{esc(policy)}</h3>{picture}</div>')
-    return _panels(panels)
+        panels.append(panel(policy, picture, color))
+    return side_by_side(panels)
 
 
-def _panels(panels: Sequence[str]) -> str:
+def panel(heading: str, drawn: str, color: str = "") -> str:
+    """A small drawing under its heading."""
+    style = f' style="color:{esc(color)}"' if color else ""
+    return f"<div><h3{style}>{esc(heading)}</h3>{drawn}</div>"
+
+
+def side_by_side(panels: Sequence[str]) -> str:
+    """Small drawings, as many in a row as fit."""
     return f'<div class="grid-of">{"".join(panels)}</div>' if panels else ""
 
 
@@ -206,8 +214,8 @@ def _occupancy(story: Story) -> str:
         body = [frame.axes(), *areas(frame, times, layers, names), frame.columns(told)]
         name = f"{run['policy']}, {run['in_flight']} in flight"
         drawn = svg(300, 220, f"Buffer occupancy, {name}", "Rows waiting at each exit point over time", body)
-        panels.append(f"<div><h3>{esc(name)}</h3>{drawn}</div>")
-    return _panels(panels)
+        panels.append(panel(name, drawn))
+    return side_by_side(panels)
 
 
 def _quality(story: Story) -> str:

@@ -11,20 +11,15 @@ from itertools import groupby
 from typing import Any
 
 from drex.bench.charts import esc
+from drex.bench.draft_figures import DRAFT_FIGURES
 from drex.bench.figures import FIGURES
 from drex.bench.story import DASH, NONE, TIMES, Story, count, dig, fine, number, percent, plain, real, several, times
+from drex.bench.style import COLOURS, DRAWING, FONT
 
 BAD = ' class="bad"'
-STYLE = """
-:root{color-scheme:light dark;--page:#fff;--soft:#f4f6f8;--ink:#14181f;--quiet:#566070;--grid:#e2e6eb;
---warn-page:#fff3cf;--warn:#9a6200;--shallow:#b3d8f2;--deep:#0b4a80;--own:#c3c9d1;
---c0:#0067b1;--c1:#4d5561;--c2:#c65408;--c3:#00795b;--c4:#a3448a;--c5:#5d4a00;--c6:#187fa8;--c7:#c22a3a}
-@media(prefers-color-scheme:dark){:root{--page:#0f1216;--soft:#181d24;--ink:#e8ecf1;--quiet:#9aa5b4;--grid:#2a313b;
---warn-page:#2e240a;--warn:#f0bf4c;--shallow:#9ccbee;--deep:#2270b5;--own:#8b95a3;
---c0:#5cb1ff;--c1:#ccd2da;--c2:#f0823c;--c3:#35c79a;--c4:#ea80cc;--c5:#f0d25a;--c6:#45d3e8;--c7:#ff7d80}}
+LAYOUT = """
 *{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 -apple-system,"Segoe UI",Inter,Roboto,
-"Helvetica Neue",Arial,"Liberation Sans",sans-serif}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 FONT}
 main{max-width:1000px;margin:0 auto;padding:40px 24px 80px}
 h1{font-size:clamp(1.6rem,4.5vw,2.4rem);line-height:1.15;letter-spacing:-.02em;margin:.2em 0 .6em;text-wrap:balance}
 h2{font-size:1.3rem;letter-spacing:-.01em;margin:0 0 .2em}h3{font-size:.95rem;margin:0 0 2px}
@@ -37,7 +32,7 @@ section{margin-top:64px}p{max-width:70ch;margin:.3em 0 1em}.over,.how,dt,.facts 
 border-radius:4px}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:20px 28px;margin:28px 0 36px;padding:0}
 .facts div{border-top:2px solid var(--ink);padding-top:8px}.facts b{display:block;font-size:1.7rem;line-height:1.2}
-.facts span{font-size:.9rem}b,td,text,dd{font-variant-numeric:tabular-nums}
+.facts span{font-size:.9rem}b,td,dd{font-variant-numeric:tabular-nums}
 .about{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:20px 28px;font-size:.9rem}
 .about h2{font-size:.9rem}dl{display:grid;grid-template-columns:auto 1fr;gap:1px 12px;margin:4px 0}
 dd{margin:0;overflow-wrap:anywhere}svg{display:block;width:100%;height:auto;overflow:visible}.narrow{display:none}
@@ -45,15 +40,6 @@ dd{margin:0;overflow-wrap:anywhere}svg{display:block;width:100%;height:auto;over
 .grid-of svg{max-width:340px}
 .key{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:0 0 8px;padding:0;font-size:.9rem}
 .key i{display:inline-block;width:12px;height:12px;border-radius:2px;margin-right:7px;vertical-align:-1px}
-text{font-size:12.5px;fill:var(--quiet)}text.label,text.note{font-weight:600;fill:var(--ink)}
-text.main{font-weight:700}text.reference{font-style:italic;font-weight:400}text.note{font-weight:400}
-text.on-deep{fill:#fff}text.on-shallow{fill:#0d1b29}.grid{stroke:var(--grid)}.stroke{fill:none;stroke-width:1.8}
-.main{stroke-width:3.2}.reference{stroke-dasharray:6 4;stroke-width:1.4}
-.context{stroke-width:1.2;opacity:.3}.dots{stroke-width:1;opacity:.35}.whisker{stroke-width:4;opacity:.5}
-.far{fill:none;stroke-width:1.2;opacity:.7}.leader{fill:none;stroke-width:1;opacity:.45}
-.mark,.piece{stroke:var(--page);stroke-width:1}
-.halo,text.label{paint-order:stroke;stroke:var(--page);stroke-width:4px;stroke-linejoin:round}text.halo{fill:var(--ink)}
-.hit{fill:transparent}.hit:hover{fill:var(--ink);fill-opacity:.06}
 .table{overflow-x:auto;margin:8px 0 32px;border-bottom:1px solid var(--grid)}
 table{border-collapse:collapse;font-size:.85rem;white-space:nowrap;min-width:100%}
 caption{text-align:left;font-weight:600;font-size:1rem;padding-bottom:6px;position:sticky;left:0}
@@ -66,6 +52,7 @@ tr.first>*{border-top:1px solid var(--quiet)}td.bad{color:var(--warn);font-weigh
 border-radius:6px;background:var(--ink);color:var(--page);font-size:.85rem;line-height:1.4;font-variant-numeric:tabular-nums}
 @media(max-width:719px){main{padding:24px 12px 60px}.wide{display:none}.narrow{display:block}section{margin-top:48px}}
 """
+STYLE = COLOURS + DRAWING + LAYOUT.replace("FONT", FONT)
 SCRIPT = """
 const tip = document.getElementById("tip");
 // A drawing's title would pop up over every mark's own tip: screen readers get it as a label instead.
@@ -91,7 +78,7 @@ addEventListener("scroll", () => { tip.hidden = true }, { passive: true });
 def _figures(story: Story) -> Iterable[str]:
     # Figures get copied out of their page: what they were measured on goes with each.
     tag = "" if story.trained else f' <span class="tag">{esc(plain(story.report.get("label")))}</span>'
-    for title, draw, numbers, caption in FIGURES:
+    for title, draw, numbers, caption in (*FIGURES, *DRAFT_FIGURES):
         drawn = draw(story)
         if drawn:
             more = f'{esc(caption)} <a href="#{numbers}">Numbers</a>{tag}'
@@ -115,12 +102,17 @@ def _tables(story: Story) -> Iterable[tuple[str, str, Sequence[Column]]]:
     ]  # fmt: skip
     kinds = ("rct", "ttft", "tpot", "itl")
     yield "latency", "Latency, ms", [(kind.upper(), at, number, f"{kind}_ms.{at}") for kind in kinds for at in TIMES]
+    named = ("drafted", "verified", "accepted", "rolled_back")
+    drafts: list[Column] = [("drafts", name.replace("_", " "), count, f"run_ahead.{name}") for name in named]
+    drafts.append(("drafts", "calibration error", percent, "run_ahead.calibration_error"))
+    drafts.append(("", "tokens a flush", number, "run_ahead.tokens_per_flush"))
     yield "exits", "Exits and decisions", [
         *ends, ("", "mean depth", number, "mean_depth"),
         ("involuntary", "exits", count, "involuntary_exits"), ("involuntary", "stays", count, "involuntary_stays"),
         ("", "confidence p5", fine, "confidence_p5"),
         ("decisions", "count", count, "decisions"), ("decisions", "accuracy", percent, "decision_accuracy"),
         ("cost error", "p50", percent, "cost_error.p50"), ("cost error", "p90", percent, "cost_error.p90"),
+        *(drafts if story.drafting() else ()),
     ]  # fmt: skip
     yield "rest", "Time, slots and quality", [
         *seconds, ("seconds in", "own time", number, "time.own"),

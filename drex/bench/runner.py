@@ -59,6 +59,7 @@ class Cell:
         """A run that counts for nothing but what the cost model and the exit rates learn."""
         serve(self.engine, arrivals, closed=True)
         self.engine.metrics, self.engine.stats = Metrics(), EngineStats()
+        self.engine.scheduler.drafts.count_afresh()
 
     def run(self, arrivals: Arrivals) -> None:
         """One repetition."""

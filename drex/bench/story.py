@@ -132,6 +132,11 @@ class Story:
         }
         return {policy: runs for policy, runs in groups.items() if runs}
 
+    def drafting(self) -> dict[str, list[dict[str, Any]]]:
+        """Runs under run-ahead by policy, of the policies that started any row on a tentative token."""
+        groups = self.having("run_ahead.drafted")
+        return {name: runs for name, runs in groups.items() if any(real(run, "run_ahead.drafted") for run in runs)}
+
     def widest(self, has: Callable[[dict[str, Any]], object]) -> list[dict[str, Any]]:
         """Of the runs that have it, those at the largest in-flight count."""
         found = [run for run in self.runs if has(run)]

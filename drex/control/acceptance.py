@@ -52,16 +52,32 @@ class Acceptance:
         hits[number] += right
         self._chances[exit_index] = isotonic(hits / seen, seen).tolist()
 
+    def count_afresh(self) -> None:
+        """Reports are of what comes from now on; what was learnt stays."""
+        self._totals[:] = 0.0
+
     def report(self) -> dict[str, Any]:
-        """Tokens verified and accepted, the share accepted by confidence, and the mean error of the chances given."""
+        """Tokens verified and accepted, also by confidence, and the mean error of the chances that they were given.
+
+        `calibration` has tokens by confidence: verified, accepted, and the sum of the chances that they were given.
+        """
         seen, right, said = self._totals.sum(1)
         verified = float(seen.sum())
-        shares = {f"{(i + 0.5) / BINS:.2f}": float(right[i] / seen[i]) for i in np.flatnonzero(seen).tolist()}
+        found = np.flatnonzero(seen).tolist()
         error = float(np.abs(right - said).sum() / verified) if verified else None
         return {
             "verified": int(verified),
             "accepted": int(right.sum()),
-            "acceptance_by_confidence": shares,
+            "acceptance_by_confidence": {f"{_centre(i):.2f}": float(right[i] / seen[i]) for i in found},
+            "calibration": [
+                {
+                    "confidence": _centre(i),
+                    "verified": int(seen[i]),
+                    "accepted": int(right[i]),
+                    "expected": float(said[i]),
+                }
+                for i in found
+            ],
             "calibration_error": error,
         }
 
@@ -77,6 +93,10 @@ def isotonic(values: FloatArray, weights: FloatArray) -> FloatArray:
             total, size = total + more, size + count
         blocks.append((mean, total, size))
     return np.repeat([mean for mean, _, _ in blocks], [size for *_, size in blocks])
+
+
+def _centre(number: int) -> float:
+    return (number + 0.5) / BINS
 
 
 def _bin(confidence: float) -> int:

@@ -88,6 +88,11 @@ class Drafts:
         self._weigh(request)
         return settled
 
+    def count_afresh(self) -> None:
+        """Reports are of what comes from now on; what was learnt stays."""
+        self.drafted = self.rolled_back = 0
+        self.acceptance.count_afresh()
+
     def report(self) -> dict[str, Any]:
         """Counts, and how well acceptance is known."""
         return {"drafted": self.drafted, "rolled_back": self.rolled_back, **self.acceptance.report()}

@@ -177,6 +177,23 @@ def test_acceptance_is_learnt_by_confidence_and_rises_with_it() -> None:
     report = acceptance.report()
     assert report["verified"] == 3000
     assert report["calibration_error"] < 0.05
+    bins = report["calibration"]
+    assert [each["confidence"] for each in bins] == [(number + 0.5) / 16 for number in range(16)]
+    assert sum(each["verified"] for each in bins) == 3000
+    assert sum(each["accepted"] for each in bins) == report["accepted"]
+    off = sum(abs(each["accepted"] - each["expected"]) for each in bins)
+    assert off / 3000 == pytest.approx(report["calibration_error"])
+
+
+def test_counts_begin_again_and_what_was_learnt_stays() -> None:
+    acceptance = Acceptance(1)
+    for _ in range(200):
+        acceptance.observe(0, 0.9, False)
+    before = acceptance.chance(0, 0.9)
+    acceptance.count_afresh()
+    assert acceptance.report()["verified"] == 0
+    assert acceptance.report()["calibration"] == []
+    assert acceptance.chance(0, 0.9) == before
 
 
 def test_acceptance_forgets() -> None:
