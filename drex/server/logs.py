@@ -70,6 +70,7 @@ class Listener(QueueListener):
     stuck = False
 
     def enqueue_sentinel(self) -> None:
+        assert isinstance(self.queue, queue.Queue)
         self.queue.put(None)
 
     def finish(self) -> None:
