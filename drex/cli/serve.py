@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,7 +97,7 @@ def serve(
         log_prompts=log_prompts,
     )
     early_exit = early_exit_from(exits, thresholds, criterion, kv_fill, full_depth)
-    with logging_to_stderr(log_format):
+    with logging_to_stderr(log_format) as log:
         llm = LLM(
             model,
             early_exit=early_exit,
@@ -119,6 +120,8 @@ def serve(
         if chat_template is not None:
             _use_template(llm, chat_template)
         code = run(llm, settings, host, port)
+    if log.stuck:
+        os._exit(code)
     raise typer.Exit(code)
 
 

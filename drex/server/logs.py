@@ -9,6 +9,7 @@ import json
 import logging
 import queue
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,6 +19,8 @@ from typing import Any
 FORMATS = ("text", "json")
 MOST_LINES = 10_000
 """That wait to be written; further ones are dropped."""
+LAST_LINES = 2.0
+"""Seconds in which what waits can be written at the end."""
 
 
 class Fields(logging.Formatter):
@@ -57,9 +60,39 @@ class _Dropping(QueueHandler):
         return record
 
 
+class Listener(QueueListener):
+    """Writes lines in a thread of its own.
+
+    Args:
+        lines: that wait.
+        writer: takes them.
+
+    Attributes:
+        stuck: whether it did not come to an end: nobody reads what is written, say.
+    """
+
+    def __init__(self, lines: queue.Queue[Any], writer: logging.Handler) -> None:
+        super().__init__(lines, writer)
+        self.stuck = False
+        self._lines = lines
+
+    def enqueue_sentinel(self) -> None:
+        self._lines.put(None)
+
+    def finish(self) -> None:
+        """Write what waits, unless that takes too long."""
+        ending = threading.Thread(target=self.stop, daemon=True)
+        ending.start()
+        ending.join(LAST_LINES)
+        self.stuck = ending.is_alive()
+
+
 @contextmanager
-def logging_to_stderr(form: str) -> Iterator[None]:
-    """Log there for as long as the context is open; raises ValueError for an unknown form."""
+def logging_to_stderr(form: str) -> Iterator[Listener]:
+    """Log there for as long as the context is open; raises ValueError for an unknown form.
+
+    Who finds the listener stuck afterwards must leave with `os._exit`: the interpreter's own end waits for its thread.
+    """
     if form not in FORMATS:
         raise ValueError(f"--log-format {form!r}: choose one of {', '.join(FORMATS)}")
     # A full disk is no reason to write about it to the same disk.
@@ -67,7 +100,7 @@ def logging_to_stderr(form: str) -> Iterator[None]:
     writer = logging.StreamHandler(sys.stderr)
     writer.setFormatter(Fields(form))
     lines: queue.Queue[Any] = queue.Queue(MOST_LINES)
-    listener = QueueListener(lines, writer)
+    listener = Listener(lines, writer)
     handler = _Dropping(lines)
     root = logging.getLogger()
     root.addHandler(handler)
@@ -75,8 +108,8 @@ def logging_to_stderr(form: str) -> Iterator[None]:
     logging.getLogger("uvicorn.access").disabled = True
     listener.start()
     try:
-        yield
+        yield listener
     finally:
         root.removeHandler(handler)
         root.level = before
-        listener.stop()
+        listener.finish()

@@ -120,6 +120,21 @@ def test_clients_that_are_killed_a_full_disk_and_a_second_signal(folder: Path) -
         ask.join(10)
 
 
+def test_a_log_that_nobody_reads_holds_up_neither_requests_nor_the_end(folder: Path) -> None:
+    port = free_port()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writing, b"x" * 4096):
+            pass
+    os.set_blocking(writing, True)
+    with os.fdopen(reading), os.fdopen(writing, "w") as log, process(port, str(folder), *OPTIONS, log=log) as running:
+        body = {"prompt": "x", "max_tokens": 2}
+        assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=20).status_code == 200
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 0
+
+
 def _line(address: str, pattern: str) -> str:
     lines = httpx.get(f"{address}/metrics").text.splitlines()
     return next(line for line in lines if re.match(pattern, line))
