@@ -63,15 +63,21 @@ class _Dropping(QueueHandler):
 class Listener(QueueListener):
     """Writes lines in a thread of its own.
 
+    Args:
+        lines: that wait.
+        writer: takes them.
+
     Attributes:
         stuck: whether it did not come to an end: nobody reads what is written, say.
     """
 
-    stuck = False
+    def __init__(self, lines: queue.Queue[Any], writer: logging.Handler) -> None:
+        super().__init__(lines, writer)
+        self.stuck = False
+        self._lines = lines
 
     def enqueue_sentinel(self) -> None:
-        assert isinstance(self.queue, queue.Queue)
-        self.queue.put(None)
+        self._lines.put(None)
 
     def finish(self) -> None:
         """Write what waits, unless that takes too long."""
