@@ -98,10 +98,13 @@ class FlushRule:
 
     @property
     def earning(self) -> float:
-        """θ, tokens a second: as solved for about the present load, or else the moving average of what was earned."""
+        """θ, tokens a second: as solved for about the present load, or else the moving average of what was earned.
+
+        Contexts grow between two solutions, so what is taken from one is the gain on full depth, not the rate.
+        """
         solved = self.outlook.yardstick
         if solved is not None and solved.optimal is not None and abs(solved.in_flight - self._decoding) <= 1:
-            return solved.optimal
+            return solved.optimal / solved.full * solved.in_flight / self.full_step(solved.in_flight)
         return self.achieved or 0.0
 
     @property

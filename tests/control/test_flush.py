@@ -183,10 +183,22 @@ def test_once_the_present_load_is_solved_its_optimum_is_what_a_second_is_worth()
     rule.tick(DELAY, 6, CONTEXT)
     rule.observe(round(1e6), 1.0)
     assert rule.outlook.yardstick is not None
-    assert rule.earning == rule.outlook.yardstick.optimal
+    optimal = rule.outlook.yardstick.optimal
+    assert rule.earning == pytest.approx(optimal)
     # With others in flight it says nothing.
     rule.tick(DELAY + 1, 3, CONTEXT)
-    assert rule.earning != rule.outlook.yardstick.optimal
+    assert rule.earning != pytest.approx(optimal)
+
+
+def test_while_contexts_grow_the_solved_gain_on_full_depth_is_kept() -> None:
+    rule = rule_for(profile("linear", 1.0, 1.0), [0.5], "recompute")
+    rule.tick(0, 6, CONTEXT)
+    rule.tick(DELAY, 6, CONTEXT)
+    found, before = rule.outlook.yardstick, rule.full_step(6)
+    assert found is not None and found.optimal is not None
+    rule.tick(2 * REFRESH, 6, 50 * CONTEXT)
+    assert rule.outlook.yardstick is found and rule.full_step(6) > 1.01 * before
+    assert rule.earning == pytest.approx(found.optimal / found.full * 6 / rule.full_step(6))
 
 
 @pytest.mark.parametrize("fill", ["recompute", "project", "alias", "mask"])
