@@ -197,6 +197,8 @@ class Request:
     Under run-ahead (`drex.control.drafts`), `tokens` and `records` are what is settled, `context` goes on with the
     tokens that are not, and `ahead` says how they came.
 
+    `end_token_ids` end its text; `banned` are those that may not come before `min_tokens`.
+
     With a `score_rule` the prompt's own tokens are scored: each prompt row is measured as if it were decoded, and
     exits where that rule says so. Without one, prompt rows run at full depth and are not measured.
     """
@@ -216,6 +218,8 @@ class Request:
     tokens: list[int] = field(init=False)
     context: list[int] = field(init=False)
     ahead: list[Ahead] = field(default_factory=list)
+    end_token_ids: frozenset[int] = field(init=False)
+    banned: tuple[int, ...] = field(init=False)
     draws: Draws = field(init=False)
     score_draws: Draws = field(init=False)
     depths: list[int] = field(init=False)
@@ -231,6 +235,10 @@ class Request:
     stop_reason: int | str | None = None
 
     def __post_init__(self) -> None:
+        assert isinstance(self.params.stop_token_ids, tuple)
+        stops = frozenset(self.params.stop_token_ids)
+        self.end_token_ids = stops if self.params.ignore_eos else stops | self.eos_token_ids
+        self.banned = tuple(sorted(stops | self.eos_token_ids))
         self.tokens = list(self.prompt)
         self.context = list(self.prompt)
         self.draws = self._draws(self.rule)
@@ -267,22 +275,12 @@ class Request:
 
     def ends(self, token: int, number: int) -> bool:
         """Whether a token that comes as output `number`, from 1, ends the text."""
-        assert isinstance(self.params.stop_token_ids, tuple)
-        eos = token in self.eos_token_ids and not self.params.ignore_eos
-        return number >= self.params.min_tokens and (eos or token in self.params.stop_token_ids)
+        return number >= self.params.min_tokens and token in self.end_token_ids
 
-    def ending(self) -> FinishReason | None:
-        """Why the request ends with its last token, if it does; notes a stop token as `stop_reason`."""
-        token = self.tokens[-1]
-        if self.ends(token, self.num_output):
+    def ending(self, token: int, number: int) -> FinishReason | None:
+        """Why the request ends with a token as output `number`, if it does; notes a stop token as `stop_reason`."""
+        if self.ends(token, number):
             assert isinstance(self.params.stop_token_ids, tuple)
             self.stop_reason = token if token in self.params.stop_token_ids else None
             return FinishReason.STOP
-        return FinishReason.LENGTH if self.num_output >= self.max_tokens else None
-
-    def banned(self, number: int) -> tuple[int, ...]:
-        """Tokens that may not come after `number` outputs, because min_tokens is not reached."""
-        if number >= self.params.min_tokens:
-            return ()
-        assert isinstance(self.params.stop_token_ids, tuple)
-        return tuple(sorted(self.eos_token_ids | set(self.params.stop_token_ids)))
+        return FinishReason.LENGTH if number >= self.max_tokens else None

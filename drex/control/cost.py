@@ -99,14 +99,11 @@ class CostModel:
 
     def factors(self, segment: int, rows: FloatArray) -> FloatArray:
         """Corrections of passes by all their rows, those that only write K/V included."""
-        known = self._corrections[segment]
-        if not known:
+        if not self._corrections[segment]:
             return np.ones_like(rows)
-        sizes = np.array(sorted(known))
-        wanted = np.round(np.log2(np.maximum(1.0, rows)))
-        # Nearest, the smaller of two as near.
-        nearest = np.abs(wanted[..., None] - sizes).argmin(-1)
-        out: FloatArray = np.exp(np.array([known[size] for size in sizes.tolist()])[nearest])
+        sizes = np.round(np.log2(np.maximum(1.0, rows))).astype(np.int64)
+        known = [self._correction(segment, 2**size) for size in range(int(sizes.max(initial=0)) + 1)]
+        out: FloatArray = np.exp(np.array(known))[sizes]
         return out
 
     def head_seconds(self, segment: int, rows: float) -> float:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 
-from drex.control.plan import FloatArray
+import numpy as np
+
+from drex.control.plan import BoolArray, FloatArray
 from drex.request import Request, SamplingParams
 
 CHUNK_FLOOR = 16
@@ -31,11 +33,12 @@ class Deadlines:
         self.infeasible = 0
         self.late = 0
 
-    def emitted(self, request: Request, now: float, full_step: float) -> None:
+    def emitted(self, request: Request, number: int, now: float, full_step: float) -> None:
         """A token came; set when the next is due.
 
         Args:
-            request: with the token.
+            request: that it is of.
+            number: of its output tokens, this one included.
             now: time.
             full_step: seconds a token takes at full depth, with as many in flight.
         """
@@ -48,13 +51,17 @@ class Deadlines:
             return
         due = math.inf
         if params.tpot_ms is not None:
-            due = request.first_token_at + request.num_output * params.tpot_ms / 1e3
+            due = request.first_token_at + number * params.tpot_ms / 1e3
         if params.itl_ms is not None:
             due = min(due, now + params.itl_ms / 1e3)
         if self.max_slowdown is not None:
             request.paced_due += self.max_slowdown * full_step
             due = min(due, request.paced_due)
         request.due = due
+
+    def bounds(self, pace: FloatArray) -> BoolArray:
+        """Whether requests of such a pace have due times."""
+        return np.isfinite(pace) if self.max_slowdown is None else np.ones(len(pace), dtype=np.bool_)
 
     def buffered(self, due: FloatArray, now: float, ahead: float) -> None:
         """Rows whose tokens are due then enter a buffer, with `ahead` seconds of passes before them."""

@@ -1,4 +1,8 @@
-"""Which heads a pass evaluates, and what becomes of a row when its verdict is in."""
+"""Which heads a pass evaluates, and what becomes of a row when its verdict is in.
+
+Verdicts go into the columns at once, since the next pass is planned from these; the requests' own records are written
+when there is time for it.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +35,24 @@ class Asked(NamedTuple):
     unasked: int
 
 
+class Decided(NamedTuple):
+    """Rows with a verdict, and all that their records are made of.
+
+    Attributes:
+        asked, verdicts: of the pass; depth: segments executed.
+        numbers: which of the evaluations. Shape (rows,).
+        requests: theirs.
+        passed: what the exit points so far said of each, NaN where they weren't asked. (rows, exit points passed).
+    """
+
+    asked: Asked
+    verdicts: Verdicts
+    depth: int
+    numbers: IntArray
+    requests: list[Request]
+    passed: FloatArray
+
+
 class Decisions:
     """Asks heads, and takes in what they say.
 
@@ -53,29 +75,31 @@ class Decisions:
             checking: whether live rows may exit at all.
         """
         seats, final = self.seats, segment == self.seats.segments - 1
-        owners, positions = np.repeat(spans, placed.sizes), placed.full.positions
-        asked = (positions >= seats.settled[owners] - 1) & (seats.depth[owners, positions] == seats.segments)
-        thresholds, unasked = np.full(len(owners), np.nan), 0
+        owners = placed.owners
+        rows = (placed.full.positions >= seats.settled[owners] - 1).nonzero()[0]
+        of, positions = owners[rows], placed.full.positions[rows]
+        # Behind an open row others may be decided, and held.
+        asked, thresholds = seats.depth[of, positions] == seats.segments, np.full(len(rows), np.nan)
         if not final:
-            thresholds = self._thresholds(segment, owners, positions)
+            thresholds = self._thresholds(segment, of, positions)
             asked &= ~np.isnan(thresholds)
-            if not checking:
-                unasked, asked = int(asked.sum()), np.zeros_like(asked)
-        rows = np.flatnonzero(asked)
-        of, thresholds, live = owners[rows], thresholds[rows], len(rows)
-        draws = seats.draws[of].tolist()
-        banned, targets = {}, {}
-        for number in np.flatnonzero(seats.restricted[of]).tolist():
-            request = seats[of[number]]
-            banned[number] = request.banned(int(positions[rows[number]]) + 1 - len(request.prompt))
+        unasked = 0 if checking else int(asked.sum())
+        asked &= checking
+        rows, of, positions, thresholds = rows[asked], of[asked], positions[asked], thresholds[asked]
+        live, draws = len(rows), [request.draws for request in seats.requests[of].tolist()]
+        banned: dict[int, tuple[int, ...]] = {}
+        if seats.fewest.any():
+            early = positions + 1 - seats.prompt[of] < seats.fewest[of]
+            banned = {number: seats[of[number]].banned for number in early.nonzero()[0].tolist()}
+        targets: dict[int, int] = {}
         if seats.scored[spans].any():
-            further = self._scored(segment, owners, positions)
+            further = self._scored(segment, owners, placed.full.positions)
             targets = {live + i: target for i, (*_, target) in enumerate(further)}
             rows = np.concatenate((rows, np.array([row for row, *_ in further], dtype=np.int64)))
             of = np.concatenate((of, np.array([seat for _, seat, *_ in further], dtype=np.int64)))
             thresholds = np.concatenate((thresholds, np.array([limit for *_, limit, _ in further])))
             draws += [seats[seat].score_draws for _, seat, *_ in further]
-        positions = positions[rows]
+            positions = placed.full.positions[rows]
         agreeing = np.zeros((2, len(of)), dtype=np.int64)
         if seats.patient.any():
             patient = seats.patient[of]
@@ -83,10 +107,12 @@ class Decisions:
         return Asked(Evaluations(rows, positions, thresholds, draws, agreeing, banned, targets), of, live, unasked)
 
     def _thresholds(self, segment: int, owners: IntArray, positions: IntArray) -> FloatArray:
-        """Of rows at the exit after a segment."""
+        """Of rows that are not settled, at the exit after a segment."""
         seats = self.seats
         thresholds: FloatArray = seats.threshold[segment, owners]
-        for row in np.flatnonzero(seats.decaying[owners] & (positions >= seats.settled[owners])).tolist():
+        if not seats.decaying.any():
+            return thresholds
+        for row in (seats.decaying[owners] & (positions >= seats.settled[owners])).nonzero()[0].tolist():
             request = seats[owners[row]]
             number = int(positions[row]) + 1 - len(request.prompt)
             threshold = request.rule.threshold(segment, number, request.max_tokens)
@@ -108,14 +134,20 @@ class Decisions:
                     out.append((row, seat, np.nan if threshold is None else threshold, request.tokens[position + 1]))
         return out
 
-    def take_in(self, segment: int, asked: Asked, verdicts: Verdicts, exits: BoolArray) -> list[tuple[Request, int]]:
-        """Note verdicts in the columns and the requests' records; returns who got tokens, and how many each.
+    def take_in(
+        self, segment: int, asked: Asked, verdicts: Verdicts, exits: BoolArray
+    ) -> tuple[Decided, list[tuple[Request, int]]]:
+        """Note verdicts in the columns.
 
         Args:
             segment: that ended.
             asked: what was evaluated.
             verdicts: in the same order.
             exits: whether the policy lets each row exit. Shape (evaluations,).
+
+        Returns:
+            What is still to be recorded, a token a row and none of a request twice; and who got tokens that are
+            recorded, and how many each.
         """
         seats, live, depth = self.seats, asked.live, segment + 1
         of, positions = asked.seats, asked.evaluations.positions
@@ -137,22 +169,27 @@ class Decisions:
         seats.settled[settled] += 1
         if not final:
             self.placement.exited(of[chosen], positions[chosen], depth)
-        records = self._records(depth, asked, verdicts, chosen)
-        out = []
-        for number, request, record in zip(chosen.tolist(), seats.requests[of[chosen]].tolist(), records, strict=True):
-            if number < live:
-                request.context.append(record.token_id)
-                request.take(record)
-                out.append((request, 1))
-                if request.rule.schedule != "constant" or request.num_output == 1:
-                    seats.look_ahead(request)
-            else:
-                request.prompt_records[int(positions[number])] = record
-                request.depths[int(positions[number])] = depth
+        out = self._decided(depth, asked, verdicts, chosen)
+        # Penalties go by what was said so far, in the next pass too.
+        for request, token in zip(out.requests, verdicts.tokens[chosen[: len(settled)]].tolist(), strict=False):
+            request.context.append(token)
+        for seat in settled[seats.decaying[settled] | (seats.settled[settled] == seats.prompt[settled] + 1)].tolist():
+            seats.look_ahead(seats[seat])
         rest = ~(decided & alone)
         rest[live:] = False
         rest &= seats.drafting[of]
-        return out + self._run_ahead(segment, asked, verdicts, decided, np.flatnonzero(rest)) if rest.any() else out
+        return out, self._run_ahead(segment, asked, verdicts, decided, rest.nonzero()[0]) if rest.any() else []
+
+    def record(self, decided: Decided) -> None:
+        """Write what was decided into the requests."""
+        positions = decided.asked.evaluations.positions[decided.numbers].tolist()
+        columns = decided.numbers.tolist(), decided.requests, positions, self._records(decided)
+        for number, request, position, record in zip(*columns, strict=True):
+            if number < decided.asked.live:
+                request.take(record)
+            else:
+                request.prompt_records[position] = record
+                request.depths[position] = decided.depth
 
     def _run_ahead(
         self, segment: int, asked: Asked, verdicts: Verdicts, decided: BoolArray, rows: IntArray
@@ -160,10 +197,9 @@ class Decisions:
         """Take in rows that stand on others, have others standing on them, or are to be gone on from."""
         seats, depth = self.seats, segment + 1
         of, positions = asked.seats, asked.evaluations.positions
-        records = self._records(depth, asked, verdicts, rows)
-        requests = seats.requests[of[rows]].tolist()
+        verified = self._decided(depth, asked, verdicts, rows)
         void: set[Request] = set()
-        for number, request, record in zip(rows.tolist(), requests, records, strict=True):
+        for number, request, record in zip(rows.tolist(), verified.requests, self._records(verified), strict=True):
             position, token, sure = int(positions[number]), record.token_id, bool(decided[number])
             if request in void:
                 continue
@@ -180,24 +216,31 @@ class Decisions:
                 if depth < seats.segments:
                     self.placement.exited(of[number : number + 1], positions[number : number + 1], depth)
         out = []
-        for request in dict.fromkeys(requests):
+        for request in dict.fromkeys(verified.requests):
             count = self.drafts.settle(request)
             if count:
                 seats.look_ahead(request)
                 out.append((request, count))
         return out
 
-    def _records(self, depth: int, asked: Asked, verdicts: Verdicts, chosen: IntArray) -> list[TokenRecord]:
-        """What is recorded of evaluated rows, given that they are decided after so many segments."""
-        of, positions = asked.seats[chosen], asked.evaluations.positions[chosen]
+    def _decided(self, depth: int, asked: Asked, verdicts: Verdicts, numbers: IntArray) -> Decided:
+        """Some evaluations, with what the columns know of them now."""
+        of, positions = asked.seats[numbers], asked.evaluations.positions[numbers]
+        passed = self.seats.confidence[:depth, of, positions].T
+        return Decided(asked, verdicts, depth, numbers, self.seats.requests[of].tolist(), passed)
+
+    @staticmethod
+    def _records(decided: Decided) -> list[TokenRecord]:
+        """Of each row, given that it is decided at that depth."""
+        asked, verdicts, numbers, depth = decided.asked, decided.verdicts, decided.numbers, decided.depth
         columns = (
-            chosen.tolist(),
-            self.seats.requests[of].tolist(),
-            positions.tolist(),
-            verdicts.tokens[chosen].tolist(),
-            verdicts.logprobs[chosen].tolist(),
-            verdicts.confidences[chosen].tolist(),
-            self.seats.confidence[:depth, of, positions].T.tolist(),
+            numbers.tolist(),
+            decided.requests,
+            asked.evaluations.positions[numbers].tolist(),
+            verdicts.tokens[numbers].tolist(),
+            verdicts.logprobs[numbers].tolist(),
+            verdicts.confidences[numbers].tolist(),
+            decided.passed.tolist(),
         )
         out, tops = [], verdicts.tops
         for number, request, position, token, logprob, confidence, passed in zip(*columns, strict=True):

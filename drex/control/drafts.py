@@ -82,7 +82,7 @@ class Drafts:
             del request.ahead[0]
             request.take(record)
             settled += 1
-            if request.ending() is not None:
+            if request.ending(record.token_id, request.num_output) is not None:
                 break
         self.seats.settled[request.seat] += settled
         self._weigh(request)

@@ -35,6 +35,8 @@ FEW = 32
 """From so many ready rows on, only multiples of 8 are considered, and all of them."""
 EARNING_MEMORY = 128.0
 """Passes over which θ is averaged."""
+KNOWN = 32.0
+"""Rows at the first exit point, the prior's included, from which on exit rates are more than a prior."""
 ENOUGH = 64
 """Passes that tell what checking exits earns."""
 
@@ -54,6 +56,11 @@ class ExitRates:
 
     def __getitem__(self, exit_index: int) -> float:
         return self._exited[exit_index] / self._seen[exit_index]
+
+    @property
+    def known(self) -> bool:
+        """Whether so many were seen that it is worth solving anything with them."""
+        return not self._seen or self._seen[0] >= KNOWN
 
     def all(self) -> tuple[float, ...]:
         """At each exit point."""
@@ -87,7 +94,7 @@ class FlushRule:
         self.cost, self.rates, self.kv_fill = cost, rates, kv_fill
         self.counts = np.arange(most + 1, dtype=np.float64)
         # How many of the ready rows may start: any few, or as many as fill a step of the cost.
-        self._sizes = np.concatenate((self.counts[1:FEW], self.counts[FEW::8]))
+        self._sizes = np.concatenate((np.arange(FEW), np.arange(FEW, most + 1, 8)))
         self._tokens = self._seconds = 0.0
         self._checked = (0.0, 0.0, 0)
         self._ahead = self._lossless = False
@@ -160,7 +167,8 @@ class FlushRule:
         if pass_number % REFRESH == 0:
             self._context = context
             self._refresh()
-        self.outlook.tick(pass_number, decoding, self.rates.all(), context)
+        if self.rates.known:
+            self.outlook.tick(pass_number, decoding, self.rates.all(), context)
 
     def _refresh(self) -> None:
         counts, context, costs = self.counts, self._context, self.cost.profile.segments
@@ -169,6 +177,7 @@ class FlushRule:
         self._rows = [cost.rows.at(counts) for cost in costs]
         self._live = [cost.live_seconds(counts, context) for cost in costs]
         self._factors = [self.cost.factors(segment, counts) for segment in range(len(costs))]
+        self._shallow = self.seconds(0, counts, 0.0)
 
     def seconds(self, segment: int, live: FloatArray | float, fills: FloatArray | float) -> FloatArray:
         """Passes over live rows and the fills that they owe, as of the last refresh; numbers or arrays."""
@@ -202,36 +211,45 @@ class FlushRule:
             if chosen is not None:
                 return chosen, waiting.ready
         if waiting.ready:
-            fewer = self._sizes[: np.searchsorted(self._sizes, waiting.ready)]
-            rows = np.append(fewer, float(waiting.ready))
-            worth = self._worth(0, rows, 0.0, waiting)
+            sizes = np.append(self._sizes[: np.searchsorted(self._sizes, waiting.ready)], waiting.ready)
+            worth = self._worth(0, self.counts[sizes], np.zeros(1), self._shallow[sizes], waiting)
             if waiting.chances is not None:
-                worth = worth - rows + waiting.chances.cumsum()[rows.astype(np.int64) - 1]
+                worth = worth - sizes[1:] + waiting.chances.cumsum()[sizes[1:] - 1]
             best = int(worth.argmax())
             if worth[best] > 0:
-                return 0, int(rows[best])
+                return 0, int(sizes[1 + best])
         held = [segment for segment, live in enumerate(waiting.live) if live]
         for segment in held[:-1]:
-            rows = np.array([float(waiting.live[segment])])
-            if self._worth(segment, rows, float(waiting.fills[segment]), waiting)[0] > 0:
+            rows, fills = (np.array([0.0, count[segment]]) for count in (waiting.live, waiting.fills))
+            if self._worth(segment, rows, fills, self.seconds(segment, rows, fills), waiting)[0] > 0:
                 return segment, 0
         return (held[-1], 0) if held else None
 
-    def _worth(self, segment: int, rows: FloatArray, fills: float, waiting: Waiting) -> FloatArray:
-        """Worth in tokens of running a segment on so many rows now: one each, less θ times what they take."""
-        seconds = self.seconds(segment, rows, fills)
+    def _worth(
+        self, segment: int, rows: FloatArray, fills: FloatArray, seconds: FloatArray, waiting: Waiting
+    ) -> FloatArray:
+        """Worth in tokens of running a segment now: one a row, less θ times what the rows take.
+
+        Args:
+            segment: to run.
+            rows: how many, after a 0 that all is compared with. Shape (1 + sizes,).
+            fills: rows that they owe there. (1 + sizes,), or (1,) for all.
+            seconds: that the pass takes. (1 + sizes,).
+            waiting: what stands where.
+
+        Returns:
+            (sizes,).
+        """
         live = rows
         for deeper in range(segment + 1, len(waiting.live)):
             live = live * (1.0 - self._exits[deeper - 1])
             held, owed = float(waiting.live[deeper]), float(waiting.fills[deeper])
-            if not held and any(waiting.live[deeper + 1 :]):
-                # Nobody else needs that pass: it is charged whole.
-                seconds = seconds + self.seconds(deeper, live, owed + fills + rows - live)
-                continue
-            # That flush happens anyway: its first row, which pays the fixed cost, is not charged.
-            base = max(1.0, held)
-            flush = self.seconds(deeper, np.append(base + live, base), np.append(owed + fills + rows - live, owed))
-            seconds = seconds + flush[:-1] - flush[-1]
+            # That flush happens anyway: its first row, which pays the fixed cost, is not charged. If nobody else needs
+            # the pass it is charged whole.
+            whole = not held and any(waiting.live[deeper + 1 :])
+            flush = self.seconds(deeper, live if whole else max(1.0, held) + live, owed + fills + rows - live)
+            seconds = seconds + (flush if whole else flush - flush[0])
         # Under run-ahead more may be earned than what is solved without.
         ahead = 0.0 if waiting.chances is None else self.achieved or 0.0
-        return rows - max(self.earning, ahead) * seconds
+        worth: FloatArray = rows - max(self.earning, ahead) * seconds
+        return worth[1:]

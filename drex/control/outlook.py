@@ -17,7 +17,9 @@ GRAIN = 32
 DELAY = 16
 """Passes between asking and using."""
 LIFETIME = 256
-"""Passes after which it is solved again, or earlier when the requests that decode have changed by a quarter."""
+"""Passes after which it is solved again, if nothing calls for that before."""
+LOAD_MOVED, RATES_MOVED = 0.25, 0.05
+"""What calls for it: requests that decode have changed by such a share, or an exit rate by so much."""
 
 
 class Outlook:
@@ -33,6 +35,7 @@ class Outlook:
         self._solver: ThreadPoolExecutor | None = None
         self._asked: tuple[int, Future[Yardstick]] | None = None
         self._made_for, self._made_at = 0, 0
+        self._made_with: Sequence[float] = ()
         self.yardstick: Yardstick | None = None
 
     def tick(self, pass_number: int, decoding: int, exit_rates: Sequence[float], context: float) -> None:
@@ -42,9 +45,10 @@ class Outlook:
             if pass_number >= due:
                 self.yardstick, self._asked = future.result(), None
             return
-        moved = abs(decoding - self._made_for) > 0.25 * self._made_for
+        moved = abs(decoding - self._made_for) > LOAD_MOVED * self._made_for
+        moved |= any(abs(a - b) > RATES_MOVED for a, b in zip(exit_rates, self._made_with, strict=False))
         if decoding and (moved or pass_number - self._made_at >= LIFETIME):
-            self._made_for, self._made_at = decoding, pass_number
+            self._made_for, self._made_at, self._made_with = decoding, pass_number, exit_rates
             self._solver = self._solver or ThreadPoolExecutor(1, thread_name_prefix="drex-outlook")
             future = self._solver.submit(
                 measure, self._cost.copy(), tuple(exit_rates), decoding, context, self._kv_fill, GRAIN

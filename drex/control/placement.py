@@ -25,8 +25,9 @@ class Placed(NamedTuple):
 
     Attributes:
         seats, positions: of all positions in its spans.
-        executes: which of them run the segment or write K/V there; the others have an aliased or absent entry.
-        full, fill: rows that run, and that only write K/V.
+        executes: which of them run the segment or write K/V there; the others have an aliased or absent entry. None:
+            all.
+        full, fill: rows that run, and that only write K/V; owners: seats of the full ones.
         visible: entries that each full row attends to, its own included.
         sizes: full rows of each span.
         context: what the spans' rows read.
@@ -34,7 +35,8 @@ class Placed(NamedTuple):
 
     seats: IntArray
     positions: IntArray
-    executes: BoolArray
+    executes: BoolArray | None
+    owners: IntArray
     full: Rows
     fill: Rows
     visible: IntArray
@@ -93,38 +95,35 @@ class Placement:
         """Give the positions [start, stop) of requests what they need to pass a segment. Shapes: (spans,) each."""
         span, positions = ragged(starts, stops)
         rows, sizes, table = seats[span], stops - starts, self.pool.tables[segment]
-        if segment == 0:
-            self._enter(seats, stops, rows, positions)
+        arena = self._enter(seats, stops, rows, positions) if segment == 0 else self._arena(rows, positions)
         if segment == 0 or self.kv_fill == "recompute" or (runs := self.seats.depth[rows, positions] > segment).all():
             # Every position has an entry of its own, and under mask some before it may have none.
             counts = table.counts[seats]
             entries = positions if self.kv_fill != "mask" else ragged(counts, counts + sizes)[1]
             cells = self.pool.append(segment, rows, entries)
-            full = Rows(positions, self._arena(rows, positions), cells)
-            every = np.ones(len(rows), dtype=np.bool_)
-            return Placed(rows, positions, every, full, NO_ROWS, entries + 1, sizes, table.contexts(seats))
+            full = Rows(positions, arena, cells)
+            return Placed(rows, positions, None, rows, full, NO_ROWS, entries + 1, sizes, table.contexts(seats))
         sizes = np.bincount(span[runs], minlength=len(seats))
         if self.kv_fill == "project":
             cells = self.pool.append(segment, rows, positions)
-            written = Rows(positions, self._arena(rows, positions), cells)
+            written = Rows(positions, arena, cells)
             full, fill = _some(written, runs), _some(written, ~runs)
-            visible, every = positions[runs] + 1, np.ones_like(runs)
-            return Placed(rows, positions, every, full, fill, visible, sizes, table.contexts(seats))
+            visible = positions[runs] + 1
+            return Placed(rows, positions, None, rows[runs], full, fill, visible, sizes, table.contexts(seats))
         entries, cells = self._append_some(segment, seats, span, positions, runs)
-        full = Rows(positions[runs], self._arena(rows[runs], positions[runs]), cells)
-        return Placed(rows, positions, runs, full, NO_ROWS, entries[runs] + 1, sizes, table.contexts(seats))
+        full, visible = Rows(positions[runs], arena[runs], cells), entries[runs] + 1
+        return Placed(rows, positions, runs, rows[runs], full, NO_ROWS, visible, sizes, table.contexts(seats))
 
     def _arena(self, rows: IntArray, positions: IntArray) -> IntArray:
         return self.arena.rows(rows, positions) if self.segments > 1 else np.zeros_like(positions)
 
-    def _enter(self, seats: IntArray, stops: IntArray, rows: IntArray, positions: IntArray) -> None:
-        """Positions come to segment 0: their slots are claimed, and they get a row of the arena."""
+    def _enter(self, seats: IntArray, stops: IntArray, rows: IntArray, positions: IntArray) -> IntArray:
+        """Positions come to segment 0: their slots are claimed. Returns the rows of the arena that they get."""
         known = self.seats
         further = np.maximum(0, stops - known.claimed_length[seats])
         self.pool.claim(int(further.sum()) * self.slots_per_token)
         known.claimed_length[seats] += further
-        if self.segments > 1:
-            self.arena.take(rows, positions)
+        return self.arena.take(rows, positions) if self.segments > 1 else np.zeros_like(positions)
 
     def _append_some(
         self, segment: int, seats: IntArray, span: IntArray, positions: IntArray, runs: BoolArray
@@ -158,7 +157,9 @@ class Placement:
         """Rows have passed a segment, their tokens not yet judged: what executes nothing deeper leaves the arena."""
         if self.segments == 1 or (self.fills_owed and segment + 1 < self.segments):
             return
-        rows, positions = placed.seats[placed.executes], placed.positions[placed.executes]
+        rows, positions = placed.seats, placed.positions
+        if placed.executes is not None:
+            rows, positions = rows[placed.executes], positions[placed.executes]
         if not self.fills_owed:
             ends = self.seats.depth[rows, positions] <= segment + 1
             rows, positions = rows[ends], positions[ends]

@@ -12,7 +12,8 @@ one that is never preempted (the oldest of the highest priority) always gets on.
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import contains
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from drex.config import EngineConfig
 from drex.control.arena import ArenaRows
 from drex.control.cost import CostModel, Load
 from drex.control.deadlines import Deadlines
-from drex.control.decisions import Asked, Decisions
+from drex.control.decisions import Asked, Decided, Decisions
 from drex.control.drafts import Drafts
 from drex.control.placement import Placed, Placement
 from drex.control.plan import BoolArray, IntArray, Pass, PassResult, Verdicts
@@ -139,6 +140,8 @@ class Scheduler:
         if not candidates:
             return False
         request = candidates[-1]
+        for work in self._outstanding.values():
+            self._write(work)
         self._drop(request)
         request.forget_drafts()
         bisect.insort(self.waiting, request, key=urgency)
@@ -188,12 +191,14 @@ class Scheduler:
                     return Choice(segment, fills=True)
         if sum(standing.owed) > self.config.max_fill_rows:
             return Choice(max(range(1, self.segments), key=lambda s: standing.owed[s]), fills=True)
-        chances = self.seats.chance[standing.ready]
+        ahead, chances = bool(self.seats.drafting.any()), None
+        if ahead and ((known := self.seats.chance[standing.ready]) < 1).any():
+            chances = np.sort(known)[::-1][:fit]
         self.view = View(
             pass_number=self.passes,
             now=now,
             ready=fit,
-            chances=np.sort(chances)[::-1][:fit] if (chances < 1).any() else None,
+            chances=chances,
             prompts=prompts,
             live=live,
             fills=[standing.fills(segment) for segment in range(self.segments)],
@@ -203,8 +208,8 @@ class Scheduler:
             owed=standing.owed,
             decoding=self.seats.decoding,
             context=self._context,
-            ahead=bool(self.seats.drafting.any()),
-            lossless=bool(self.seats.lossless.any()),
+            ahead=ahead,
+            lossless=ahead and bool(self.seats.lossless.any()),
         )
         return self.policy.choose(self.view)
 
@@ -239,39 +244,50 @@ class Scheduler:
 
     # What a pass brought
 
-    def commit(self, done: Pass, result: PassResult, now: float) -> list[Request]:
-        """Take in a result: frontiers move, tokens are appended. Returns the requests that got a token or ended."""
+    def commit(self, done: Pass, result: PassResult, now: float) -> None:
+        """Take in a result: frontiers move, and who is done leaves. `record` is to follow, but not before `next`."""
         work, seats = self._outstanding[done.number], self.seats
         seats.idle[work.spans] = True
         if result.verdicts is None:
-            touched: list[Request] = seats.requests[work.spans].tolist()
-            for request in touched:
+            work.touched = seats.requests[work.spans].tolist()
+            for request in work.touched:
                 self.finish(request.request_id, request.abort_asked or FinishReason.ERROR)
         else:
-            touched = self._advance(done, work, result.verdicts, now)
+            self._advance(done, work, result.verdicts, now)
         for request in [each for each in self._aborting if each.seat is None or seats.idle[each.seat]]:
             self._aborting.remove(request)
             if request.finish_reason is None:
                 assert request.abort_asked is not None
                 self.finish(request.request_id, request.abort_asked)
-                touched += [request] if request not in touched else []
-        return touched
+                work.touched += [request] if request not in work.touched else []
 
-    def _advance(self, done: Pass, work: Work, verdicts: Verdicts, now: float) -> list[Request]:
-        """Rows have passed a segment: they are decided, or wait for the next one. Returns who got a token."""
+    def record(self, done: Pass) -> list[Request]:
+        """Write what a committed pass decided into the requests. Returns those that got a token or ended."""
+        work = self._outstanding[done.number]
+        self._write(work)
+        return work.touched
+
+    def _write(self, work: Work) -> None:
+        """Write it, unless that is done."""
+        if work.unwritten is not None:
+            self.decisions.record(work.unwritten)
+            work.unwritten = None
+
+    def _advance(self, done: Pass, work: Work, verdicts: Verdicts, now: float) -> None:
+        """Rows have passed a segment: they are decided, or wait for the next one."""
         seats, segment, asked = self.seats, done.segment, work.asked
         settled = seats.settled[work.spans]
         with_live_row = (done.starts < settled) & (settled <= done.stops)
         seats.reached[segment + 1, work.spans] = done.stops
         self.placement.passed(segment, work.placed)
-        emitted = self.decisions.take_in(segment, asked, verdicts, self._exits(segment, asked, verdicts))
+        decided, written = self.decisions.take_in(segment, asked, verdicts, self._exits(segment, asked, verdicts))
         self.placement.skip_ahead(work.spans)
         seats.since[work.spans[with_live_row]] = self.passes
         undecided = work.spans[with_live_row & (seats.settled[work.spans] == settled)]
         if np.isfinite(seats.due[undecided]).any():
             self._late_already(undecided, segment + 1, now)
-        self._emit(emitted, work, now)
-        return [request for request, _ in emitted]
+        work.unwritten = decided
+        self._emit(decided, written, work, now)
 
     def _exits(self, segment: int, asked: Asked, verdicts: Verdicts) -> BoolArray:
         """Which evaluated rows exit: of the live rows those that the policy lets, of the scored ones all that can."""
@@ -290,17 +306,31 @@ class Scheduler:
         ahead = self.policy.rule.seconds_ahead(segment, live, fills)
         self.deadlines.buffered(self.seats.due[spans], now, ahead)
 
-    def _emit(self, emitted: list[tuple[Request, int]], work: Work, now: float) -> None:
+    def _emit(self, decided: Decided, written: list[tuple[Request, int]], work: Work, now: float) -> None:
         """Requests got tokens: they set when the next is due, and may be the last."""
-        full_step = self.policy.rule.full_step(self.seats.decoding)
-        for request, count in emitted:
-            self.deadlines.emitted(request, now, full_step)
-            self.seats.due[request.seat] = request.due
-            # The first token of a request comes from its prompt.
-            work.decided += count - (count == request.num_output)
-            reason = request.abort_asked or request.ending()
-            if reason is not None:
-                self.finish(request.request_id, reason)
+        seats, full_step = self.seats, self.policy.rule.full_step(self.seats.decoding)
+        live = int(np.searchsorted(decided.numbers, work.asked.live))
+        tokens = decided.verdicts.tokens[decided.numbers[:live]].tolist()
+        of = work.asked.seats[decided.numbers[:live]]
+        counts = seats.settled[of] - seats.prompt[of]
+        ends = np.fromiter(map(contains, seats.ends[of], tokens), np.bool_, live) & (counts >= seats.fewest[of])
+        ends |= counts >= seats.most[of]
+        # Most have no target, and go on.
+        for row in np.flatnonzero(ends | (counts == 1) | self.deadlines.bounds(seats.pace[of])).tolist():
+            self._emitted(decided.requests[row], tokens[row], int(counts[row]), now, full_step)
+        for request, _ in written:
+            self._emitted(request, request.tokens[-1], request.num_output, now, full_step)
+        work.touched = [*decided.requests[:live], *(request for request, _ in written)]
+        # The first token of a request comes from its prompt.
+        work.decided = live - int((counts == 1).sum()) + sum(n - (n == r.num_output) for r, n in written)
+
+    def _emitted(self, request: Request, token: int, number: int, now: float, full_step: float) -> None:
+        """A request's token came, output `number`, perhaps after others."""
+        self.deadlines.emitted(request, number, now, full_step)
+        self.seats.due[request.seat] = request.due
+        reason = request.abort_asked or request.ending(token, number)
+        if reason is not None:
+            self.finish(request.request_id, reason)
 
     def took(self, done: Pass, seconds: float) -> None:
         """Learn how long a committed pass took, the engine's own time included."""
@@ -339,6 +369,8 @@ class Work:
         asked: its evaluations.
         live: decoding requests; `fills` are the further rows of these, `prompts` the other requests.
         decided: tokens of decoding requests.
+        touched: requests that got a token or ended.
+        unwritten: what is not in the requests' records yet.
     """
 
     spans: IntArray
@@ -348,3 +380,5 @@ class Work:
     fills: int
     prompts: int
     decided: int = 0
+    touched: list[Request] = field(default_factory=list)
+    unwritten: Decided | None = None

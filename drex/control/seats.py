@@ -29,7 +29,6 @@ class Seats:
 
     Attributes:
         requests: None where the seat is empty. Shape (seats,), as all that has no other.
-        draws: how their tokens are decided.
         idle: whether a request sits there that no outstanding pass holds.
         reached: how many positions have come to each segment: known tokens at the first, positions with K/V at all
             segments last. (segments + 1, seats).
@@ -44,7 +43,8 @@ class Seats:
         threshold: of the first row that is not settled at each exit; NaN where it may not exit. (segments - 1, seats).
         decaying: whether later rows have other thresholds.
         scored: whether prompt rows are measured; patient: whether any of its rules counts agreeing exits.
-        restricted: whether some tokens may be banned, because `min_tokens` is not reached.
+        fewest, most: output tokens before which no end comes, and with which the text ends anyway.
+        ends: tokens that end the text.
         token: what stands at each position. (seats, room).
         depth: segments that a position executes before its token is decided; all while it isn't. (seats, room).
         confidence: what each exit said of a position; NaN where it wasn't asked. (segments - 1, seats, room).
@@ -54,7 +54,6 @@ class Seats:
     def __init__(self, seats: int, segments: int, room: int) -> None:
         self.segments, self.room = segments, room
         self.requests: npt.NDArray[np.object_] = np.full(seats, None)
-        self.draws: npt.NDArray[np.object_] = np.full(seats, None)
         self.idle: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.reached: IntArray = np.zeros((segments + 1, seats), dtype=np.int64)
         self.prompt: IntArray = np.zeros(seats, dtype=np.int64)
@@ -71,7 +70,9 @@ class Seats:
         self.decaying: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.scored: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.patient: BoolArray = np.zeros(seats, dtype=np.bool_)
-        self.restricted: BoolArray = np.zeros(seats, dtype=np.bool_)
+        self.fewest: IntArray = np.zeros(seats, dtype=np.int64)
+        self.most: IntArray = np.zeros(seats, dtype=np.int64)
+        self.ends: npt.NDArray[np.object_] = np.full(seats, frozenset())
         # Left empty, so that only what is used ever takes memory.
         self.token: IntArray = np.empty((seats, room), dtype=np.int64)
         self.depth: IntArray = np.empty((seats, room), dtype=np.int64)
@@ -103,7 +104,7 @@ class Seats:
     def sit(self, request: Request) -> int:
         """Give a request a seat; it starts from its record, with no K/V."""
         seat = request.seat = heapq.heappop(self._empty)
-        self.requests[seat], self.draws[seat] = request, request.draws
+        self.requests[seat] = request
         self.idle[seat] = True
         self.reached[:, seat] = 0
         self.reached[0, seat] = len(request.tokens)
@@ -113,7 +114,8 @@ class Seats:
         self.due[seat], self.pace[seat] = request.due, pace(request.params)
         self.decaying[seat] = request.rule.schedule != "constant"
         self.scored[seat] = request.score_rule is not None
-        self.restricted[seat] = request.params.min_tokens > 0
+        self.fewest[seat], self.most[seat] = request.params.min_tokens, request.max_tokens
+        self.ends[seat] = request.end_token_ids
         self.token[seat, : len(request.tokens)] = request.tokens
         end = len(request.prompt) + request.max_tokens
         self.depth[seat, : len(request.depths)] = request.depths
@@ -131,17 +133,19 @@ class Seats:
         seat = request.seat
         assert seat is not None
         assert self.idle[seat]
-        self.requests[seat] = self.draws[seat] = request.seat = None
+        self.requests[seat] = request.seat = None
         self.idle[seat] = False
         self.reached[:, seat] = self.prompt[seat] = self.settled[seat] = 0
         self.drafting[seat] = self.lossless[seat] = False
         self.due[seat] = self.pace[seat] = np.inf
-        self.scored[seat] = self.patient[seat] = self.restricted[seat] = False
+        self.scored[seat] = self.patient[seat] = False
+        self.fewest[seat] = 0
         heapq.heappush(self._empty, seat)
 
     def look_ahead(self, request: Request) -> None:
         """Set the thresholds of the row after the last settled token. A first token never exits early."""
-        number = request.num_output
+        assert request.seat is not None
+        number = int(self.settled[request.seat] - self.prompt[request.seat])
         for exit_index in range(self.segments - 1):
             threshold = request.rule.threshold(exit_index, number, request.max_tokens) if number else None
             self.threshold[exit_index, request.seat] = np.nan if threshold is None else threshold

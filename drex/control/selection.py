@@ -81,7 +81,7 @@ class Selection:
         """Decode rows, the surest and then those that are due first where not all go; then prompts in chunks."""
         ready, urgent = standing.ready, standing.urgent[0]
         if choice.ready == len(ready) <= self._surely():
-            chosen = ready, np.ones_like(ready)
+            chosen = ready, standing.pending[0, ready]
         else:
             ready = self.seats.by_urgency(ready)
             order = np.lexsort((self.seats.due[ready], -self.seats.chance[ready]))
@@ -112,7 +112,7 @@ class Selection:
         if choice.fills:
             only_owe = standing.decoding & (pending > 0)
             only_owe[waiting] = False
-            others = np.flatnonzero(only_owe)
+            others = only_owe.nonzero()[0]
             order.append(others[np.argsort(-pending[others], kind="stable")])
         seats = np.concatenate(order)
         return _cut(seats, pending[seats], self.config.max_num_batched_tokens)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
 from drex.control.plan import BoolArray, IntArray
 from drex.control.seats import Seats
 
@@ -44,12 +42,12 @@ class Standing(NamedTuple):
         arrived = [decoding & (pending[0] > 0) & ~seats.ended]
         for segment in range(1, seats.segments):
             arrived.append(decoding & (reached[segment] >= settled) & (reached[segment + 1] < settled))
-        ready, *buffers = [np.flatnonzero(waits) for waits in arrived]
+        ready, *buffers = [waits.nonzero()[0] for waits in arrived]
         catching_up, nobody = seats.idle & ~decoding, ready[:0]
         urgent = [nobody] * seats.segments
         if catching_up.any():
-            urgent = [np.flatnonzero(catching_up & (rows > 0)) for rows in pending]
-        further = [int(pending[segment, decoding].sum()) - len(waits) for segment, waits in enumerate(buffers, 1)]
+            urgent = [(catching_up & (rows > 0)).nonzero()[0] for rows in pending]
+        further = [int(pending[segment] @ decoding) - len(waits) for segment, waits in enumerate(buffers, 1)]
         return cls(pending, decoding, ready, [nobody, *buffers], urgent, [0, *further])
 
     def fills(self, segment: int) -> int:

@@ -126,7 +126,7 @@ class Engine:
         """Finish one pass. Returns what it brought to each request that got a token or ended.
 
         Where passes run beside this thread the next one is started as soon as this one has been taken in, and runs
-        while text is made of what this one brought.
+        while records and text are made of what this one brought.
         """
         executor, scheduler = self.executor, self.scheduler
         current = self._under_way or self._start()
@@ -139,9 +139,14 @@ class Engine:
             self._lose(current.batch, error)
             raise
         executed = executor.now()
-        touched = scheduler.commit(current.batch, result, executed)
-        if executor.asynchronous:
-            self._under_way = self._start()
+        scheduler.commit(current.batch, result, executed)
+        try:
+            if executor.asynchronous:
+                self._under_way = self._start()
+        except BaseException:
+            self._forget(current.batch)
+            raise
+        touched = scheduler.record(current.batch)
         # A request that a stop string has ended may have been in a pass that was under way then.
         out = [self._emit(each, result.error, executed) for each in touched if each.request_id in self._samples]
         ended = executor.now()
@@ -176,8 +181,14 @@ class Engine:
     def _lose(self, batch: Pass, error: BaseException) -> None:
         """An interruption: the pass is lost, and so are its requests."""
         lost = PassResult(None, RuntimeError(f"interrupted: {error!r}"))
-        for request in self.scheduler.commit(batch, lost, self.executor.now()):
-            self._samples.pop(request.request_id, None)
+        self.scheduler.commit(batch, lost, self.executor.now())
+        self._forget(batch)
+
+    def _forget(self, batch: Pass) -> None:
+        """Nobody will hear of those that ended with a pass."""
+        for request in self.scheduler.record(batch):
+            if request.finish_reason is not None:
+                self._samples.pop(request.request_id, None)
 
     def _say_if_it_does_not_pay(self) -> None:
         rule = self.scheduler.policy.rule

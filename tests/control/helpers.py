@@ -21,18 +21,24 @@ COUNTS = tuple(float(2**k) for k in range(13))
 
 
 def request(
-    number: int, prompt: int, max_tokens: int, segments: int, priority: int = 0, **targets: float | None
+    number: int,
+    prompt: int,
+    max_tokens: int,
+    segments: int,
+    priority: int = 0,
+    eos: frozenset[int] = frozenset(),
+    **targets: float | None,
 ) -> Request:
     """A request whose rows exit at confidence 0.5; targets are those of SamplingParams, in milliseconds."""
     rule = ExitRule("max_prob", (0.5,) * (segments - 1))
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, priority=priority, **targets)
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, priority=priority, **targets)
     return Request(
         f"r{number}",
         tuple(range(2, 2 + prompt)),
         params,
         rule,
         0,
-        frozenset(),
+        eos,
         segments,
         arrival=number,
     )
@@ -63,7 +69,8 @@ class Machine:
     def finish(self, scheduler: Scheduler, batch: Pass, result: PassResult | None = None) -> list[Request]:
         seconds = CostModel(self.profile or nominal(scheduler.layout.lengths)).predict(batch.segment, Load.of(batch))
         self.now += seconds
-        touched = scheduler.commit(batch, result or self.execute(batch), self.now)
+        scheduler.commit(batch, result or self.execute(batch), self.now)
+        touched = scheduler.record(batch)
         scheduler.took(batch, seconds)
         return touched
 

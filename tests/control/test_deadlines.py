@@ -79,8 +79,7 @@ def test_tokens_are_due_at_the_first_one_and_a_target_for_each_after_it() -> Non
     deadlines, each = Deadlines(None), request(0, 3, 8, 2, tpot_ms=100.0)
     assert each.due == math.inf
     for number, now in enumerate((5.0, 5.3, 5.35)):
-        each.tokens.append(7)
-        deadlines.emitted(each, now, 0.01)
+        deadlines.emitted(each, number + 1, now, 0.01)
         assert each.due == pytest.approx(5.0 + 0.1 * (number + 1))
     # The second was due at 5.1 and the third at 5.2.
     assert each.first_token_at == 5.0
@@ -90,38 +89,32 @@ def test_tokens_are_due_at_the_first_one_and_a_target_for_each_after_it() -> Non
 def test_a_gap_is_due_after_the_token_before_and_the_nearest_of_several_targets_counts() -> None:
     deadlines = Deadlines(2.0)
     each = request(0, 3, 8, 2, tpot_ms=100.0, itl_ms=70.0)
-    each.tokens.append(7)
-    deadlines.emitted(each, 1.0, 0.03)
+    deadlines.emitted(each, 1, 1.0, 0.03)
     assert each.due == pytest.approx(1.06)  # 2 · 0.03
-    each.tokens.append(7)
-    deadlines.emitted(each, 1.05, 0.5)
+    deadlines.emitted(each, 2, 1.05, 0.5)
     assert each.due == pytest.approx(1.12)  # 1.05 + 0.07
-    each.tokens.append(7)
-    deadlines.emitted(each, 1.29, 0.5)
+    deadlines.emitted(each, 3, 1.29, 0.5)
     assert each.due == pytest.approx(1.3)  # 1 + 3 · 0.1
     assert deadlines.late == 1
 
 
 def test_the_bound_on_slowdown_adds_up_over_tokens() -> None:
     deadlines, each = Deadlines(1.5), request(0, 3, 8, 2)
-    for now, step, due in ((1.0, 0.1, 1.15), (1.01, 0.2, 1.45), (1.02, 0.1, 1.6)):
-        each.tokens.append(7)
-        deadlines.emitted(each, now, step)
+    for number, (now, step, due) in enumerate(((1.0, 0.1, 1.15), (1.01, 0.2, 1.45), (1.02, 0.1, 1.6)), 1):
+        deadlines.emitted(each, number, now, step)
         assert each.due == pytest.approx(due)
 
 
 def test_without_targets_nothing_is_due() -> None:
     deadlines, each = Deadlines(None), request(0, 3, 8, 2)
-    each.tokens.append(7)
-    deadlines.emitted(each, 1e6, 0.1)
+    deadlines.emitted(each, 1, 1e6, 0.1)
     deadlines.buffered(np.array([each.due]), 1e7, 1e3)
     assert (each.due, deadlines.late, deadlines.infeasible) == (math.inf, 0, 0)
 
 
 def test_a_row_that_could_not_be_in_time_when_it_was_buffered_is_counted() -> None:
     deadlines, each = Deadlines(None), request(0, 3, 8, 2, itl_ms=50.0)
-    each.tokens.append(7)
-    deadlines.emitted(each, 1.0, 0.1)
+    deadlines.emitted(each, 1, 1.0, 0.1)
     deadlines.buffered(np.array([each.due, math.inf]), 1.02, 0.02)
     assert deadlines.infeasible == 0
     deadlines.buffered(np.array([each.due, math.inf]), 1.02, 0.04)

@@ -72,9 +72,7 @@ class Speaker(Machine):
 
 
 def asked(number: int, prompt: int, max_tokens: int, segments: int, mode: str) -> Request:
-    each = request(number, prompt, max_tokens, segments)
-    each.eos_token_ids = frozenset({EOS})
-    object.__setattr__(each.params, "ignore_eos", False)
+    each = request(number, prompt, max_tokens, segments, eos=frozenset({EOS}))
     each.run_ahead = mode
     return each
 
@@ -243,5 +241,5 @@ def test_run_ahead_gains_where_drafts_are_accepted(count: int) -> None:
 @pytest.mark.parametrize("count", [4, 16, 64])
 def test_with_nothing_accepted_run_ahead_falls_back_to_rebatching(count: int) -> None:
     # Long enough that what it takes to learn that does not show.
-    rounds = max(4, 80 // count)
+    rounds = max(8, 160 // count)
     assert speed("drex+run-ahead", count, 0.0, rounds) > 0.98 * speed("drex", count, 0.0, rounds)

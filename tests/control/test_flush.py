@@ -12,7 +12,7 @@ from helpers import SHAPES, profile
 from markov import Floats, State, best_by_value_iteration, earned, process
 
 from drex.control.cost import CostModel, Load
-from drex.control.flush import EARNING_MEMORY, MEMORY, REFRESH, ExitRates, FlushRule, Waiting
+from drex.control.flush import EARNING_MEMORY, KNOWN, MEMORY, REFRESH, ExitRates, FlushRule, Waiting
 from drex.control.outlook import DELAY, GRAIN, LIFETIME, Outlook
 from drex.control.profile import Profile
 from drex.control.solver import solve_one_exit, solve_two_exits
@@ -195,9 +195,11 @@ def test_while_contexts_grow_the_solved_gain_on_full_depth_is_kept() -> None:
     rule.tick(0, 6, CONTEXT)
     rule.tick(DELAY, 6, CONTEXT)
     found, before = rule.outlook.yardstick, rule.full_step(6)
-    assert found is not None and found.optimal is not None
+    assert found is not None
+    assert found.optimal is not None
     rule.tick(2 * REFRESH, 6, 50 * CONTEXT)
-    assert rule.outlook.yardstick is found and rule.full_step(6) > 1.01 * before
+    assert rule.outlook.yardstick is found
+    assert rule.full_step(6) > 1.01 * before
     assert rule.earning == pytest.approx(found.optimal / found.full * 6 / rule.full_step(6))
 
 
@@ -286,6 +288,31 @@ def test_it_is_solved_again_when_the_load_has_changed_or_long_after() -> None:
     # From 8 to 9 is less than a quarter; afterwards it is asked for as soon as the last answer is old enough.
     third, fourth = 40 + LIFETIME, 40 + 2 * LIFETIME
     assert solved[:4] == [(DELAY, 8), (40 + DELAY, 11), (third + DELAY, 11), (fourth + DELAY, 11)]
+
+
+def test_it_is_solved_again_when_exit_rates_have_changed() -> None:
+    ahead = outlook(2)
+    found = []
+    for number in range(2 * DELAY + 12):
+        ahead.tick(number, 8, (0.4 if number < DELAY + 5 else 0.44 if number < DELAY + 10 else 0.6,), CONTEXT)
+        found.append(ahead.yardstick)
+    # From .4 to .44 is too little; .6 is asked for at once, and here when it has been waited for.
+    assert found[DELAY - 1] is None
+    assert found[DELAY] is found[2 * DELAY + 9]
+    assert found[2 * DELAY + 10] is not found[DELAY]
+
+
+def test_nothing_is_solved_from_a_prior_alone() -> None:
+    rates = ExitRates(1)
+    rule = FlushRule(CostModel(profile("linear", 1.0, 1.0)), rates, "recompute", 200)
+    for number in range(2 * DELAY):
+        rule.tick(number, 8, CONTEXT)
+    assert rule.outlook.yardstick is None
+    assert rule.pays is None
+    rates.observe(0, round(2 * KNOWN), round(KNOWN))
+    for number in range(2 * DELAY, 4 * DELAY):
+        rule.tick(number, 8, CONTEXT)
+    assert rule.outlook.yardstick is not None
 
 
 def test_without_decoding_requests_nothing_is_solved() -> None:
