@@ -179,6 +179,16 @@ def test_single_gaps_are_bounded(shape: str, segments: int, slack: float, count:
     assert bound.scheduler.deadlines.late == 0
 
 
+@pytest.mark.parametrize("segments", [2, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_where_nearly_all_exit_gaps_are_bounded_if_what_is_owed_is(shape: str, segments: int) -> None:
+    made, count = profile(shape, *[1.0] * segments), 16
+    itl = segments * full_step(made, count)
+    bound = serve(made, several(count, segments, itl_ms=1e3 * itl), 0.9, max_fill_rows=count)
+    assert bound.scheduler.deadlines.infeasible == bound.scheduler.deadlines.late == 0
+    assert max(bound.gaps()) <= itl + EPSILON
+
+
 def test_a_target_of_one_request_is_met_among_others_without() -> None:
     made, count = profile("weight_bound", 1.0, 1.0), 16
     itl = 2.0 * full_step(made, count)
