@@ -51,7 +51,7 @@ def measure(folder: Path, dtype: str, count: int, prompt: int, output: int) -> l
         with _held_at_the_end(llm.engine.scheduler.pool) as held:
             outputs = llm.generate(prompts, params, use_tqdm=False)
         assert len(held) == len(prompts)
-        assert not llm.engine.scheduler.preemptions
+        assert not llm.engine.scheduler.admission.preemptions
         found.append(_entry(fill, llm, outputs, sum(held)))
     return found
 

@@ -104,7 +104,7 @@ class LLM:
         self.profile = obtain(profile, runner, self.config, self.model.exits, threads)
         scheduler = Scheduler(self.config, self.model.layout, self.model.exits.kv_fill, CostModel(self.profile))
         self.engine = Engine(scheduler, TorchExecutor(runner), self.tokenizer)
-        self.intake = Intake(self.model, self.config, self.tokenizer, scheduler.check_fits)
+        self.intake = Intake(self.model, self.config, self.tokenizer, scheduler.admission.check_fits)
         self._inboxes: dict[str, list[Emitted]] = {}
 
     # Generation

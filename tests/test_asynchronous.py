@@ -61,7 +61,9 @@ def test_the_next_pass_is_under_way_when_text_comes(models):
     llm = engine(models["llama"], asynchronous=True)
     stream = llm.stream(PROMPTS[:2], PARAMS[0])
     next(stream)
-    assert not llm.engine.scheduler.seats.idle[[request.seat for request in llm.engine.scheduler.running]].all()
+    assert not llm.engine.scheduler.seats.idle[
+        [request.seat for request in llm.engine.scheduler.admission.running]
+    ].all()
     stream.close()
     assert drained(llm)
 

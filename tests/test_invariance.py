@@ -193,7 +193,7 @@ def run_schedule(llm: LLM, schedule: Schedule, criterion: str, wanted: Expected)
                 done[number_of[request_id]] = whole
         llm.engine.scheduler.check_integrity()
         if step == schedule.inspect_at:
-            for request in llm.engine.scheduler.running:
+            for request in llm.engine.scheduler.admission.running:
                 check_kv(llm, request, wanted[number_of[request.request_id]][1])
         step += 1
         assert step < 5000, "the engine is stuck"

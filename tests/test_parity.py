@@ -83,7 +83,7 @@ def test_never_exit_is_the_plain_model_under_chunking_and_preemption(models, pla
         kv_cache_tokens=45,
     )
     outputs = llm.generate(random_ids(6, 5), GREEDY)
-    assert llm.engine.scheduler.preemptions > 0
+    assert llm.engine.scheduler.admission.preemptions > 0
     for output in outputs:
         assert_plain(output, models[family], plain_logprobs)
     llm.engine.scheduler.check_integrity()

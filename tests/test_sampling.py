@@ -321,7 +321,7 @@ def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_in_any_order(models, 
         kv_cache_tokens=22,
     )
     assert [output.outputs[0].token_ids for output in small.generate(prompts, params)] == alone
-    assert small.engine.scheduler.preemptions > 0
+    assert small.engine.scheduler.admission.preemptions > 0
 
 
 def test_samples_differ_and_do_not_depend_on_how_many_there_are(sampler):
@@ -450,7 +450,7 @@ def test_prompt_logprobs_are_those_of_full_depth(models, plain_logprobs, kv_fill
     prompts = [list(range(2, 20)), PROMPT * 2, [4, 9]]
     params = SamplingParams(n=2, seed=0, max_tokens=12, ignore_eos=True, prompt_logprobs=3, logit_bias={7: 5.0})
     outputs = llm.generate(prompts, params)
-    assert llm.engine.scheduler.preemptions > 0
+    assert llm.engine.scheduler.admission.preemptions > 0
     for prompt, output in zip(prompts, outputs, strict=True):
         expected = plain_logprobs(models["mistral"], prompt)[:-1]
         assert output.prompt_logprobs[0] is None
@@ -682,7 +682,12 @@ def test_text_prompts_are_tokenised_and_decoded(talker, tokenizer):
 def idle(llm):
     scheduler = llm.engine.scheduler
     scheduler.check_integrity()
-    return not llm.engine.busy and not scheduler.running and not scheduler.waiting and scheduler.pool.in_use == 0
+    return (
+        not llm.engine.busy
+        and not scheduler.admission.running
+        and not scheduler.admission.waiting
+        and scheduler.pool.in_use == 0
+    )
 
 
 def test_a_stream_concatenates_to_what_generate_gives(talker):

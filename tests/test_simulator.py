@@ -239,7 +239,7 @@ def test_a_closed_loop_keeps_its_seats_taken_and_no_more() -> None:
     counts = []
 
     def each(emitted: Any) -> None:
-        counts.append((len(engine.scheduler.running), engine.unfinished))
+        counts.append((len(engine.scheduler.admission.running), engine.unfinished))
 
     serve(engine, made, each, closed=True)
     running, unfinished = (max(column) for column in zip(*counts, strict=True))

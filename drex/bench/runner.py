@@ -155,7 +155,7 @@ def _summary(cell: Cell, found: Found | None, layers: Sequence[int]) -> dict[str
         "ties": decided.ties,
         "cost_error": scheduler.cost.error_quantiles(),
         "slots": {"peak": cell.engine.stats.peak_slots, "capacity": scheduler.pool.capacity},
-        "preemptions": scheduler.preemptions,
+        "preemptions": scheduler.admission.preemptions,
         "run_ahead": _run_ahead(cell) if scheduler.config.run_ahead != "off" else None,
         "late": scheduler.deadlines.late,
         "infeasible": scheduler.deadlines.infeasible,

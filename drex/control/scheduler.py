@@ -1,17 +1,12 @@
-"""Admission, capacity, and the next pass.
+"""The next pass, and what became of it.
 
-A request has no phase; at every segment it catches up with what has come there (`drex.control.seats`).
-
-Capacity. Nothing is reserved, but admitted work is *claimed*: all slots that a request's known tokens may still take.
-A row enters segment 0 only if its slots at every layer can be claimed, so every pass over a deeper segment fits.
-When no pass is possible, the latest-arrived request of the lowest priority loses its K/V and is admitted again later;
-it then replays its tokens at the depths that were recorded. Since a request that could not fit alone was refused, the
-one that is never preempted (the oldest of the highest priority) always gets on.
+A request has no phase; at every segment it catches up with what has come there (`drex.control.seats`). Who runs is for
+`drex.control.admission`, which segment runs for the policy, which rows for the selection; what these hold is claimed
+and placed by `drex.control.placement`.
 """
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass, field
 from operator import contains
 from typing import Any
@@ -20,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from drex.config import EngineConfig
+from drex.control.admission import Admission
 from drex.control.arena import ArenaRows
 from drex.control.cost import CostModel, Load
 from drex.control.deadlines import Deadlines
@@ -28,7 +24,7 @@ from drex.control.drafts import Drafts
 from drex.control.placement import Placed, Placement
 from drex.control.plan import BoolArray, IntArray, Pass, PassResult, Verdicts
 from drex.control.policies import POLICIES, Checks, Choice, View
-from drex.control.seats import Seats, urgency
+from drex.control.seats import Seats
 from drex.control.selection import Selection
 from drex.control.slots import SlotLayout, SlotPool
 from drex.control.standing import Standing
@@ -36,9 +32,7 @@ from drex.request import FinishReason, Request
 
 
 class Scheduler:
-    """Owns the requests and, through `seats` and `placement`, where they stand and what they hold.
-
-    The policy says which segment runs, the selection which rows; what they hold is claimed and placed here.
+    """Owns the requests through `admission`, where they stand in `seats`, and what they hold through `placement`.
 
     Args:
         config: with `kv_cache_tokens` resolved.
@@ -47,7 +41,6 @@ class Scheduler:
         cost: of passes; it learns from those that are run.
 
     Attributes:
-        preemptions: how often a request has lost its K/V.
         passes: how many were planned.
         view: what the last pass was chosen from; None where there was no choice.
         unchecked: tokens that could have exited somewhere and were not asked (`adaptive`).
@@ -66,12 +59,10 @@ class Scheduler:
         self.selection = Selection(config, self.placement, self.seats, cost)
         self.policy = POLICIES[config.policy](config, cost, kv_fill)
         self.deadlines = Deadlines(config.max_slowdown)
-        self.waiting: list[Request] = []
+        self.admission = Admission(config, self.seats, self.placement, self.policy.rule)
         self.view: View | None = None
-        self.preemptions = self.passes = self.unchecked = 0
-        self._requests: dict[str, Request] = {}
+        self.passes = self.unchecked = 0
         self._outstanding: dict[int, Work] = {}
-        self._aborting: list[Request] = []
         self._context = 0.0
 
     @property
@@ -84,98 +75,28 @@ class Scheduler:
         """The rows of the hidden-state arena."""
         return self.placement.arena
 
-    @property
-    def running(self) -> list[Request]:
-        """Requests that have a seat, most urgent first."""
-        return sorted(self.seats, key=urgency)
-
-    # Requests come and go
-
-    def check_fits(self, request: Request) -> None:
-        """Raise ValueError for a request that could never be served, alone in the pool."""
-        # The last token is never run, so it needs no K/V.
-        length = len(request.prompt) + request.max_tokens - 1
-        asked = f"prompt ({len(request.prompt)}) and max_tokens ({request.max_tokens})"
-        if length * self.placement.slots_per_token > self.pool.capacity:
-            raise ValueError(
-                f"{asked} need K/V for {length} tokens and the pool holds {self.config.kv_cache_tokens}: "
-                f"shorten one of them, or raise kv_cache_tokens"
-            )
-        if length > self.config.max_model_len:
-            raise ValueError(
-                f"{asked} are more than the {self.config.max_model_len} tokens that a request may have: "
-                f"shorten one of them, or raise max_model_len"
-            )
-
     def add(self, request: Request, now: float) -> None:
         """Queue a request. Raises ValueError for one that could never fit."""
-        self.check_fits(request)
-        assert request.request_id not in self._requests
-        request.arrived_at = now
-        self._requests[request.request_id] = request
-        bisect.insort(self.waiting, request, key=urgency)
+        self.admission.add(request, now)
 
     def finish(self, request_id: str, reason: FinishReason) -> None:
         """End a request and free all it holds; if it is in an outstanding pass, as soon as that is committed."""
-        request = self._requests[request_id]
-        if request.seat is not None and not self.seats.idle[request.seat]:
-            request.abort_asked = reason
-            self._aborting.append(request)
-            return
-        request.finish_reason = reason
-        del self._requests[request_id]
-        if request.seat is None:
-            self.waiting.remove(request)
-        else:
-            self._drop(request)
-
-    def _drop(self, request: Request) -> None:
-        """Take a running request off the machine."""
-        self.placement.close(request)
-        self.seats.leave(request)
-
-    def _preempt(self) -> bool:
-        """Send the last of the running requests back to the queue; False if that would be the only one."""
-        candidates = [request for request in self.running[1:] if self.seats.idle[request.seat]]
-        if not candidates:
-            return False
-        request = candidates[-1]
-        for work in self._outstanding.values():
-            self._write(work)
-        self._drop(request)
-        request.forget_drafts()
-        bisect.insort(self.waiting, request, key=urgency)
-        self.preemptions += 1
-        return True
-
-    def _admit(self) -> None:
-        while self.waiting and not self.seats.full:
-            request = self.waiting[0]
-            # Room for everyone's next token beside it: else it would be preempted before it got anywhere.
-            spare = len(self.seats) * self.placement.slots_per_token
-            if not self.pool.fits(self.placement.slots_needed(request) + spare) or self._would_be_late():
-                return
-            self.waiting.pop(0)
-            self.seats.sit(request)
-            self.placement.open(request)
-
-    def _would_be_late(self) -> bool:
-        """Whether one more request would push running ones past targets that can be met at all."""
-        tightest, rule = float(self.seats.pace.min()), self.policy.rule
-        return rule.full_step(1) <= tightest < rule.full_step(len(self.seats) + 1)
+        self.admission.finish(request_id, reason)
 
     # The next pass
 
     def next(self, now: float) -> Pass | None:
         """The next pass, or None while nothing can run (outstanding passes aside). Call `commit` with its result."""
-        self._admit()
+        self.admission.admit()
         while True:
             standing = Standing.of(self.seats)
             choice = self._choose(standing, now)
             if choice is not None:
                 self.passes += 1
                 return self._plan(choice, standing, self.passes - 1, now)
-            if not len(self.seats) or not self._preempt():
+            for work in self._outstanding.values():
+                self._write(work)
+            if not self.admission.preempt():
                 return None
 
     def _choose(self, standing: Standing, now: float) -> Choice | None:
@@ -254,12 +175,7 @@ class Scheduler:
                 self.finish(request.request_id, request.abort_asked or FinishReason.ERROR)
         else:
             self._advance(done, work, result.verdicts, now)
-        for request in [each for each in self._aborting if each.seat is None or seats.idle[each.seat]]:
-            self._aborting.remove(request)
-            if request.finish_reason is None:
-                assert request.abort_asked is not None
-                self.finish(request.request_id, request.abort_asked)
-                work.touched += [request] if request not in work.touched else []
+        work.touched += [each for each in self.admission.finish_aborted() if each not in work.touched]
 
     def record(self, done: Pass) -> list[Request]:
         """Write what a committed pass decided into the requests. Returns those that got a token or ended."""

@@ -291,7 +291,7 @@ class AsyncEngine:
 
     def _note_started(self, began: float) -> None:
         if self._unstarted:
-            for request in self._engine.scheduler.running:
+            for request in self._engine.scheduler.admission.running:
                 timing = self._unstarted.pop(request.request_id, None)
                 if timing is not None:
                     timing.started = began

@@ -168,8 +168,8 @@ class Engine:
         batch = self.scheduler.next(started)
         if batch is None:
             return None
-        view, found = self.scheduler.view, self.scheduler.policy.rule.outlook.yardstick
-        gain = None if view is None or found is None or view.prompts else found.gain(view.ready, view.live[1:])
+        view = self.scheduler.view
+        gain = None if self.history is None or view is None else self._gain(view)
         under_way = _UnderWay(batch, view, gain, started, self.executor.now())
         try:
             self.executor.submit(batch)
@@ -177,6 +177,11 @@ class Engine:
             self._lose(batch, error)
             raise
         return under_way
+
+    def _gain(self, view: View) -> float | None:
+        """As of `PassRecord`."""
+        found = self.scheduler.policy.rule.outlook.yardstick
+        return None if found is None or view.prompts else found.gain(view.ready, view.live[1:])
 
     def _lose(self, batch: Pass, error: BaseException) -> None:
         """An interruption: the pass is lost, and so are its requests."""
@@ -216,7 +221,7 @@ class Engine:
         return {
             **metrics.summary(),
             "running": len(scheduler.seats),
-            "waiting": len(scheduler.waiting),
+            "waiting": len(scheduler.admission.waiting),
             "buffered": [len(buffer) for buffer in waiting],
             "achieved": rule.achieved,
             "theta_star": found.optimal if found else None,
@@ -230,7 +235,7 @@ class Engine:
             "run_ahead": scheduler.drafts.report(),
             "late": scheduler.deadlines.late,
             "infeasible": scheduler.deadlines.infeasible,
-            "preemptions": scheduler.preemptions,
+            "preemptions": scheduler.admission.preemptions,
             "cost_error": scheduler.cost.error_quantiles(),
             "slots_in_use": scheduler.pool.in_use,
             "slots": scheduler.pool.capacity,

@@ -335,7 +335,7 @@ def test_no_more_are_admitted_than_leave_targets_within_reach(fits: int) -> None
         scheduler.add(each, 0.0)
     machine, most = Machine(0.5, profile=made), 0
     while machine.run(scheduler) is not None:
-        most = max(most, len(scheduler.running))
+        most = max(most, len(scheduler.admission.running))
     assert most == fits
 
 
@@ -346,4 +346,4 @@ def test_targets_out_of_reach_hold_nobody_back() -> None:
     for each in several(12, 2, tpot_ms=1e3 * 0.9 * full_step(made, 1)):
         scheduler.add(each, 0.0)
     Machine(0.5, profile=made).run(scheduler)
-    assert len(scheduler.running) == 12
+    assert len(scheduler.admission.running) == 12

@@ -327,7 +327,7 @@ def test_latency_only_has_all_rows_deep_before_the_next_shallow_pass(fill: str, 
     machine = Machine(0.4)
     while (batch := scheduler.next(machine.now)) is not None:
         if batch.segment == 0:
-            for each in scheduler.running:
+            for each in scheduler.admission.running:
                 assert len(set(scheduler.seats.reached[1:, each.seat].tolist())) == 1
         machine.finish(scheduler, batch)
     early = sum(record.depth == 1 for each in requests for record in each.records)

@@ -83,11 +83,11 @@ def test_a_full_pool_preempts_the_latest_of_the_lowest_priority_and_never_the_fi
         scheduler.add(each, 0.0)
     machine, dropped, was_running = Machine(0.5), [], []
     while (batch := scheduler.next(machine.now)) is not None:
-        now = [r.request_id for r in scheduler.running]
+        now = [r.request_id for r in scheduler.admission.running]
         dropped += [name for name in was_running if name not in now]
         machine.finish(scheduler, batch)
-        was_running = [r.request_id for r in scheduler.running]
-    assert scheduler.preemptions == len(dropped) > 0
+        was_running = [r.request_id for r in scheduler.admission.running]
+    assert scheduler.admission.preemptions == len(dropped) > 0
     assert high.request_id not in dropped
     assert dropped[0] == late.request_id
     assert all(len(each.records) == 8 for each in (low, high, late))
@@ -142,7 +142,9 @@ def test_owed_fills_are_bounded() -> None:
     machine, most = Machine(1.0), 0
     while machine.run(scheduler):
         frontiers = scheduler.seats.reached[1:]
-        owed = sum(int(frontiers[0, r.seat] - frontiers[1, r.seat]) for r in scheduler.running if r.num_output)
+        owed = sum(
+            int(frontiers[0, r.seat] - frontiers[1, r.seat]) for r in scheduler.admission.running if r.num_output
+        )
         most = max(most, owed)
     # One pass over segment 0 may take it past the bound by a row a request.
     assert 6 <= most <= 6 + 4

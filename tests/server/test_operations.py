@@ -173,7 +173,7 @@ def test_a_client_that_goes_frees_what_it_held_at_once(server: Server, stream: b
     aborted = _metric(url(server), 'request_success_total{finished_reason="abort"')
     with socket.create_connection(server.address) as raw:
         raw.sendall(head(len(body)) + body)
-        until(lambda: server.serving.llm.engine.scheduler.running)
+        until(lambda: server.serving.llm.engine.scheduler.admission.running)
         # As after kill -9: what was not read makes the kernel reset the connection.
     began = time.monotonic()
     until(lambda: server.serving.unfinished == 0)
