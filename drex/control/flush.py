@@ -98,7 +98,7 @@ class FlushRule:
         self._tokens = self._seconds = 0.0
         self._checked = (0.0, 0.0, 0)
         self._ahead = self._lossless = False
-        self._context = 0.0
+        self._context, self._refreshed = 0.0, -1
         self._decoding = 0
         self.outlook = Outlook(cost, kv_fill)
         self._refresh()
@@ -150,7 +150,7 @@ class FlushRule:
     def tick(
         self, pass_number: int, decoding: int, context: float, *, ahead: bool = False, lossless: bool = False
     ) -> None:
-        """A decision is due: refresh what it is read from, if it is time.
+        """A decision is due.
 
         Args:
             pass_number: of the pass that is decided on.
@@ -159,16 +159,20 @@ class FlushRule:
             ahead, lossless: whether requests run ahead, and whether they do so losslessly.
         """
         self._decoding, self._ahead, self._lossless = decoding, ahead, lossless
+        self.prepare(pass_number, context)
         if self._seconds == 0.0:
             # Nothing was earned yet: full depth is what it takes without exits.
             count = np.array([float(max(1, decoding))])
             seconds = float(self.cost.full_depth(count, context)[0])
             self._tokens, self._seconds = float(count[0]), seconds
-        if pass_number % REFRESH == 0:
-            self._context = context
-            self._refresh()
         if self.rates.known:
             self.outlook.tick(pass_number, decoding, self.rates.all(), context)
+
+    def prepare(self, pass_number: int, context: float) -> None:
+        """Refresh what decisions on a pass are read from, if it is time: where that can be done before one is due."""
+        if pass_number // REFRESH != self._refreshed:
+            self._refreshed, self._context = pass_number // REFRESH, context
+            self._refresh()
 
     def _refresh(self) -> None:
         counts, context, costs = self.counts, self._context, self.cost.profile.segments

@@ -260,6 +260,7 @@ class Scheduler:
             # Prompts came along: the decode rows' share is what they would have taken alone.
             alone = float(rule.seconds(done.segment, work.live, work.fills))
             rule.observe(work.decided, alone, checked=not self.policy.resting)
+        rule.prepare(self.passes, self._context)
 
     def work(self, done: Pass) -> Work:
         """What a pass that `took` was not yet told of did."""
