@@ -18,7 +18,9 @@ from drex.control.solver import NEARLY_ALL, OneExit, TwoExits, solve_one_exit, s
 MOST_EXACT_TWO = 64
 """Largest N for which two exit points are solved: 2,145 states."""
 TAIL = 7.0
-"""Standard deviations of the number of owed fills that are summed over."""
+"""Standard deviations of the number of owed fills that are summed over, three more above the mean than below."""
+POINTS = 513
+"""Counts of fills that are summed over: all of them for few requests, every so many for more."""
 MOST_FILLS = 8192
 """Owed fills are counted up to here: an engine bounds them anyway."""
 
@@ -109,25 +111,23 @@ def mean_pass_seconds(
     if segment == 0 or kv_fill in ("alias", "mask") or deeper <= 0.0:
         out: FloatArray = cost.decode(segment, live, none, context, runs=True)
         return np.where(live > 0, out, 0.0)
-    runs = kv_fill == "recompute"
-    out = np.zeros_like(live)
-    for index, rows in enumerate(live):
-        if rows > 0:
-            fills, share = _owed(float(rows), deeper)
-            seconds = cost.decode(segment, np.full_like(fills, rows), fills, context, runs=runs)
-            out[index] = float(seconds @ share)
-    return out
+    fills, share = _owed(live, deeper)
+    seconds = cost.decode(segment, live[:, None], fills, context, runs=kv_fill == "recompute")
+    out = (seconds * share).sum(-1)
+    return np.where(live > 0, out, 0.0)
 
 
-def _owed(requests: float, rate: float) -> tuple[FloatArray, FloatArray]:
-    """Counts of owed fills that matter, and how likely each is."""
+def _owed(requests: FloatArray, rate: float) -> tuple[FloatArray, FloatArray]:
+    """Counts of owed fills that matter, and how likely each is, by whole numbers of requests. Shapes (n, POINTS)."""
     mean = requests * rate / (1 - rate)
     spread = (mean / (1 - rate)) ** 0.5
-    low, high = max(0, int(mean - TAIL * spread)), int(mean + (TAIL + 3) * spread) + 3
-    if low >= MOST_FILLS:
-        return np.array([float(MOST_FILLS)]), np.ones(1)
-    high = min(high, MOST_FILLS)
-    steps = np.arange(1, high + 1)
-    logs = np.concatenate(([0.0], np.cumsum(np.log(rate * (steps + requests - 1) / steps))))[low:]
-    weights = np.exp(logs - logs.max())
-    return np.arange(low, high + 1, dtype=np.float64), weights / weights.sum()
+    low = np.floor(np.maximum(0.0, mean - TAIL * spread))
+    # Each stands for an odd number of them, of which it is the middle.
+    around = np.ceil(np.maximum(0.0, (mean + (TAIL + 3) * spread + 3 - low) / (POINTS - 1) - 1) / 2)
+    fills = (low + around)[:, None] + (2 * around + 1)[:, None] * np.arange(POINTS)
+    # A negative binomial, by logarithms of factorials; no request owes nothing.
+    known = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, fills.max() + requests.max() + 1)))))
+    others = np.maximum(0.0, requests[:, None] - 1)
+    logs = known[(fills + others).astype(np.int64)] - known[fills.astype(np.int64)] + fills * np.log(rate)
+    weights = np.exp(logs - logs.max(-1, keepdims=True))
+    return np.minimum(fills, MOST_FILLS), weights / weights.sum(-1, keepdims=True)
