@@ -247,7 +247,8 @@ def test_buckets_ascend_to_the_most_and_waste_little(most):
     assert buckets[-1] == most
     assert list(buckets) == sorted(set(buckets))
     for smaller, larger in itertools.pairwise(buckets):
-        assert larger <= 2 * smaller if smaller < 8 else larger - smaller <= max(8, larger // 4)
+        assert larger <= 2 * smaller
+        assert smaller < 32 or 4 * larger <= 5 * smaller
 
 
 PARAMS = [

@@ -150,13 +150,8 @@ class _Attention:
     def __init__(
         self, machinery: Machinery, segment: int, room: Room, field: dict[str, Tensor], tile_rows: int
     ) -> None:
-        self.machinery, self.segment, self.room, self.field, self.tile_rows = (
-            machinery,
-            segment,
-            room,
-            field,
-            tile_rows,
-        )
+        self.machinery, self.segment = machinery, segment
+        self.room, self.field, self.tile_rows = room, field, tile_rows
         spec = machinery.decoder.spec
         wanted = PROGRAMS // max(1, room.tiles * spec.num_kv_heads)
         self.splits = 1 << max(0, min(MOST_SPLITS, wanted).bit_length() - 1)

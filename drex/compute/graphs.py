@@ -20,7 +20,10 @@ WARM_UPS = 2
 
 
 def row_buckets(most: int) -> tuple[int, ...]:
-    """Numbers of rows that graphs are captured for: 1, 2, 4, 8, then in steps of at most an eighth up to `most`."""
+    """Numbers of rows that graphs are captured for: powers of two up to 8, then in steps of 8 to 64, up to `most`.
+
+    From 32 rows on a bucket is at most a quarter larger than the one before it.
+    """
     steps = chain((1, 2, 4), range(8, 64, 8), range(64, 128, 16), range(128, 256, 32), range(256, most, 64))
     return (*(count for count in steps if count < most), most) if most else ()
 

@@ -49,6 +49,9 @@ class HeadOutput:
 class Reductions(Protocol):
     """What reads whole rows of logits: `TorchReductions`, or Triton kernels that read them once."""
 
+    def prepare(self, logits: Tensor) -> Tensor:
+        """The logits as the other methods take them, made once a pass."""
+
     def summarise(self, logits: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
         """The columns `argmax`, `best` and `log_sum_exp`, and those of `second` and `mean` that are wanted."""
 
@@ -59,8 +62,10 @@ class Reductions(Protocol):
 class TorchReductions:
     """In torch, one reduction after the other."""
 
+    def prepare(self, logits: Tensor) -> Tensor:
+        return wide(logits)
+
     def summarise(self, logits: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        logits = wide(logits)
         argmax, log_sum_exp = logits.argmax(-1), logits.logsumexp(-1)
         columns = {"argmax": argmax, "best": logits.gather(1, argmax[:, None])[:, 0], "log_sum_exp": log_sum_exp}
         if "second" in wanted:
@@ -71,7 +76,7 @@ class TorchReductions:
 
     def draw(self, logits: Tensor, best: Tensor, temperatures: Tensor, keys: Hashes) -> Tensor:
         # From the maximum down, so that a tiny temperature makes the others -inf and not the best ones inf.
-        scaled = (wide(logits) - best[:, None]) / temperatures[:, None]
+        scaled = (logits - best[:, None]) / temperatures[:, None]
         return (scaled.double() + gumbel(keys, logits.shape[1], logits.device)).argmax(-1)
 
 
@@ -86,8 +91,9 @@ class Judgement:
 
     def __init__(self, head: HeadOutput, evaluations: Evaluations, reductions: Reductions) -> None:
         self.head, self.evaluations = head, evaluations
-        columns = _measure(head, evaluations, reductions)
-        columns |= _draw(head.logits, columns, evaluations, reductions)
+        self._logits = reductions.prepare(head.logits)
+        columns = _measure(head, self._logits, evaluations, reductions)
+        columns |= _draw(self._logits, columns, evaluations, reductions)
         self._names = list(columns)
         self._numbers = Copied(torch.stack([column.double() for column in columns.values()]))
 
@@ -107,19 +113,24 @@ class Judgement:
             confidences=certain,
             exited=exited,
             agreeing=agreeing_runs(evaluations, argmax),
-            tops=_tops(head.logits, columns["log_sum_exp"], evaluations),
+            tops=_tops(self._logits, columns["log_sum_exp"], evaluations),
         )
 
 
 def wide(logits: Tensor) -> Tensor:
-    """At least float32: a copy of 16-bit logits."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+    """At least float32: a copy of 16-bit numbers."""
+    return logits.to(wide_dtype(logits))
 
 
-def _measure(head: HeadOutput, evaluations: Evaluations, reductions: Reductions) -> dict[str, Tensor]:
+def wide_dtype(numbers: Tensor) -> torch.dtype:
+    """What `wide` makes of them."""
+    return torch.promote_types(numbers.dtype, torch.float32)
+
+
+def _measure(head: HeadOutput, logits: Tensor, evaluations: Evaluations, reductions: Reductions) -> dict[str, Tensor]:
     """The columns that confidences are computed from."""
     wanted = {NEEDS[name] for name in by_criterion(evaluations, final=head.final) if name in NEEDS}
-    columns = reductions.summarise(head.logits, wanted)
+    columns = reductions.summarise(logits, wanted)
     if "cosine" in wanted:
         columns["cosine"] = F.cosine_similarity(wide(head.before), wide(head.hidden), dim=-1)
     if "probed" in wanted:
@@ -178,7 +189,9 @@ def _draw(
     if plain:
         chosen = [evaluations.draws[row] for row in plain]
         keys = _keys(chosen, evaluations.positions[plain].tolist())
-        heat = _column([each.params.temperature for each in chosen], wide(logits[:1]))
+        heat = torch.tensor(
+            [each.params.temperature for each in chosen], dtype=wide_dtype(logits), device=logits.device
+        )
         drawn = reductions.draw(logits[some], columns["best"][some], heat, keys)
         token = token.clone()
         token[some] = drawn.long()

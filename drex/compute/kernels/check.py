@@ -29,6 +29,10 @@ _FACTOR_1, _FACTOR_2, _FACTOR_3 = (tl.constexpr(factor) for _, factor in MIX)
 class FusedReductions:
     """The reductions of `drex.compute.sampler`, each in one read of the logits."""
 
+    def prepare(self, logits: Tensor) -> Tensor:
+        """As they are: kernels widen what they read."""
+        return logits
+
     def summarise(self, logits: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
         """All columns, whatever is wanted. Shapes: logits (rows, vocab), columns (rows,), float64."""
         rows, vocab = logits.shape
