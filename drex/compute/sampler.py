@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drex.compute.copied import Copied
 from drex.compute.criteria import Measured, agreeing_runs, by_criterion, confidences
 from drex.compute.noise import gumbel
+from drex.compute.transfer import Copied
 from drex.control.hashing import Hashes, mix
 from drex.control.plan import Draws, Evaluations, FloatArray, Verdicts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from drex.compute.heads import ExitHead
 from drex.compute.kv import KVPool, KVTables
 from drex.compute.reference import Layers, Machinery, Probe, ReferenceLayers
 from drex.compute.sampler import HeadOutput, Judgement, Reductions, TorchReductions
+from drex.compute.transfer import Mark
 from drex.control.plan import NOTHING, Evaluations, Pass, Verdicts
 from drex.control.slots import SlotLayout
 
@@ -19,6 +21,25 @@ KERNELS = ("auto", "torch", "triton")
 GRAPH_ROWS = 512
 """The largest pass that replays a CUDA graph: beyond, launching takes less time than running."""
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Started(Protocol):
+    """A pass that is under way: a `Judgement`, or an `Unjudged`."""
+
+    def verdicts(self) -> Verdicts:
+        """Wait for it, and for nothing else; to be called before another pass is started."""
+
+
+class Unjudged:
+    """A pass that evaluates no head, under way."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._end = Mark(device)
+
+    def verdicts(self) -> Verdicts:
+        """None, once it is done."""
+        self._end.wait()
+        return NOTHING
 
 
 class SegmentRunner:
@@ -74,20 +95,17 @@ class SegmentRunner:
         return self._layers.buckets
 
     @torch.inference_mode()
-    def start(self, batch: Pass) -> Judgement | None:
-        """Execute a pass; on a GPU without waiting for it. Returns what its verdicts come from, if it has any."""
+    def start(self, batch: Pass) -> Started:
+        """Execute a pass; on a GPU without waiting for it. Returns what its verdicts come from."""
         ends = self._layers.run(batch)
         if not len(batch.evaluations):
-            return None
+            return Unjudged(self.decoder.device)
         return self._judge(batch.segment, ends.logits, ends.hidden, ends.before, batch.evaluations)
 
     @torch.inference_mode()
-    def finish(self, started: Judgement | None) -> Verdicts:
+    def finish(self, started: Started) -> Verdicts:
         """Wait for the verdicts of a pass that was started, before another one is."""
-        if started is not None:
-            return started.verdicts()
-        self.synchronize()
-        return NOTHING
+        return started.verdicts()
 
     def run(self, batch: Pass) -> Verdicts:
         """Execute a pass; returns the verdicts of its evaluations."""
