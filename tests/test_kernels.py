@@ -318,7 +318,7 @@ def test_kernels_that_can_not_be_had_are_refused(models):
 
 
 def test_the_fields_of_a_vector_do_not_overlap():
-    room = Room(full=5, fill=2, tiles=4, parts=3)
+    room = Room(full=5, fill=2, tiles=4, parts=3, evaluated=3)
     vector = np.zeros(room.size, dtype=np.int32)
     for number, view in enumerate(room.views(vector).values(), 1):
         assert (view == 0).all()

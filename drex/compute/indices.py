@@ -24,12 +24,14 @@ class Room(NamedTuple):
         full, fill: rows that run the segment, and that only write K/V.
         tiles: of attention.
         parts: of the segment.
+        evaluated: rows whose head is evaluated.
     """
 
     full: int
     fill: int
     tiles: int
     parts: int
+    evaluated: int
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the fields, in order."""
@@ -46,6 +48,7 @@ class Room(NamedTuple):
             "tile_seats": (self.tiles,),
             "tile_in_run": (self.tiles,),
             "tile_starts": (self.parts, self.tiles),
+            "evaluated": (self.evaluated,),
         }
 
     @property
@@ -93,6 +96,7 @@ def fill_in(vector: npt.NDArray[np.int32], room: Room, batch: Pass, tile_rows: i
     field["tile_seats"][:used] = batch.context.seats[span]
     field["tile_in_run"][:used] = batch.context.in_run[span]
     field["tile_starts"][:, :used] = batch.context.starts[:, span]
+    field["evaluated"][: len(batch.evaluations)] = batch.evaluations.rows
 
 
 def tiles(sizes: IntArray, most: int) -> tuple[IntArray, IntArray, IntArray]:
