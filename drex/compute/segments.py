@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from drex.compute.decoder import Decoder
+from drex.compute.drawing import Reductions
 from drex.compute.heads import ExitHead
 from drex.compute.kv import KVPool, KVTables
 from drex.compute.reference import Layers, Machinery, Probe, ReferenceLayers
-from drex.compute.sampler import HeadOutput, Judgement, Reductions, TorchReductions
+from drex.compute.sampler import HeadOutput, Judgement, TorchReductions
 from drex.compute.transfer import Mark
 from drex.control.plan import NOTHING, Evaluations, Pass, Verdicts
 from drex.control.slots import SlotLayout
