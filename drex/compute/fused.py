@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drex.compute.decoder import LayerWeights
-from drex.compute.graphs import Graphs
+from drex.compute.graphs import Graphs, Size
 from drex.compute.indices import Room, count_tiles, fill_in
 from drex.compute.kernels.attention import Partial, Tiles, attend, rows_per_tile
 from drex.compute.kernels.layer import add_norm, enter, gate, leave, rotate_and_write
@@ -32,16 +32,17 @@ class FusedLayers:
 
     Args:
         machinery: what passes run on.
-        graph_rows: the most rows of a pass that replays a CUDA graph; 0 for none.
+        largest_graph: the most rows of each kind of a pass that replays a CUDA graph; None for no graphs.
     """
 
-    def __init__(self, machinery: Machinery, graph_rows: int = 0) -> None:
+    def __init__(self, machinery: Machinery, largest_graph: Size | None = None) -> None:
         self.machinery = machinery
         spec = machinery.decoder.spec
         self._tile, self._wide_tile = (
             rows_per_tile(spec.num_heads, spec.num_kv_heads, most) for most in (DECODE_TILE, PROMPT_TILE)
         )
-        self.graphs = Graphs(self._for_graph, graph_rows, len(machinery.layout.lengths)) if graph_rows else None
+        segments = len(machinery.layout.lengths)
+        self.graphs = Graphs(self._for_graph, largest_graph, segments) if largest_graph is not None else None
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -53,11 +54,11 @@ class FusedLayers:
         machinery, segment = self.machinery, batch.segment
         machinery.tables.hear(segment, batch.context.fresh)
         parts = machinery.layout.parts(segment)
-        rows = 0 if self.graphs is None or batch.fill.size else self.graphs.bucket(batch.full.size)
-        if rows:
+        size = None if self.graphs is None else self.graphs.bucket(batch.full.size, batch.fill.size)
+        if size is not None:
             assert self.graphs is not None
-            vector = self._pack(_graph_room(rows, parts), batch, self._tile)
-            ends = self.graphs.replay(segment, rows, vector)
+            vector = self._pack(_graph_room(size, parts), batch, self._tile)
+            ends = self.graphs.replay(segment, size, vector)
         else:
             wide = batch.full.size >= LONG_SPAN * max(1, int(np.count_nonzero(batch.sizes)))
             tile_rows = self._wide_tile if wide else self._tile
@@ -86,15 +87,15 @@ class FusedLayers:
         """Capture the graphs, if there are to be any."""
         if self.graphs is None:
             return
-        decoder, layout, most = self.machinery.decoder, self.machinery.layout, self.graphs.buckets[-1]
-        size = max(_graph_room(most, layout.parts(segment)).size for segment in range(len(layout.lengths)))
-        vector = torch.zeros(size, dtype=torch.int32, device=decoder.device)
-        self.graphs.capture(vector, self._ends(most))
+        layout, most = self.machinery.layout, self.graphs.largest
+        numbers = max(_graph_room(most, layout.parts(segment)).size for segment in range(len(layout.lengths)))
+        vector = torch.zeros(numbers, dtype=torch.int32, device=self.machinery.decoder.device)
+        self.graphs.capture(vector, self._ends(most[0]))
 
-    def _for_graph(self, segment: int, rows: int, vector: Tensor, ends: Tensor) -> None:
-        """What a graph of so many rows does."""
-        room = _graph_room(rows, self.machinery.layout.parts(segment))
-        self._launch(segment, room, vector, self._tile, ends[:, :rows])
+    def _for_graph(self, segment: int, size: Size, vector: Tensor, ends: Tensor) -> None:
+        """What a graph of a size does."""
+        room = _graph_room(size, self.machinery.layout.parts(segment))
+        self._launch(segment, room, vector, self._tile, ends[:, : room.evaluated])
 
     def _launch(self, segment: int, room: Room, vector: Tensor, tile_rows: int, ends: Tensor) -> None:
         """All kernels of a pass, over its vector on the device; `ends` is filled for the evaluated rows."""
@@ -135,9 +136,10 @@ class FusedLayers:
         return F.linear(gated, layer.down, layer.down_bias)
 
 
-def _graph_room(rows: int, parts: int) -> Room:
+def _graph_room(size: Size, parts: int) -> Room:
     """A tile takes rows of one request, so there are never more than rows."""
-    return Room(rows, 0, rows, parts, rows)
+    rows, fills = size
+    return Room(full=rows, fill=fills, tiles=rows, parts=parts, evaluated=rows)
 
 
 class _Attention:
@@ -176,6 +178,7 @@ class _Attention:
             field["positions"],
             field["cells"][part],
             field["counts"],
+            full,
             machinery.cos,
             machinery.sin,
             norms,

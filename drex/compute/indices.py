@@ -1,7 +1,7 @@
 """A Pass as one vector of whole numbers, which crosses to the device in one copy and is read there by kernels.
 
-Fields may be longer than what a pass fills: the rest is zeros, and `counts` says how many rows there are. So a CUDA
-graph that was captured for more rows runs a pass of fewer.
+Fields may be longer than what a pass fills: the rest is zeros, and `counts` says how many rows there are of each kind;
+K/V-only rows lie behind the room for the others. So a CUDA graph that was captured for more rows runs a pass of fewer.
 """
 
 from __future__ import annotations
@@ -80,11 +80,10 @@ def fill_in(vector: npt.NDArray[np.int32], room: Room, batch: Pass, tile_rows: i
     """
     field = room.views(vector)
     full, fill = batch.full, batch.fill
-    assert not fill.size or room.full == full.size
-    field["counts"][:] = full.size, full.size + fill.size
+    field["counts"][:] = full.size, fill.size
     field["tokens"][: len(batch.tokens)] = batch.tokens
     field["visible"][: full.size] = batch.visible
-    for rows, start in ((full, 0), (fill, full.size)):
+    for rows, start in ((full, 0), (fill, room.full)):
         stop = start + rows.size
         field["positions"][start:stop] = rows.positions
         field["arena"][start:stop] = rows.arena

@@ -20,7 +20,7 @@ from drex.control.slots import SlotLayout
 
 KERNELS = ("auto", "torch", "triton")
 GRAPH_ROWS = 512
-"""The largest pass that replays a CUDA graph: beyond, launching takes less time than running."""
+"""Rows of the largest pass that replays a CUDA graph: beyond, launching takes less time than running."""
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,7 +55,8 @@ class SegmentRunner:
         seats: requests that run.
         max_length: positions a request may reach.
         kernels: `torch`, `triton`, or `auto`: Triton's on a GPU.
-        graph_rows: up to so many rows, passes replay CUDA graphs where there is a GPU; 0 for none.
+        largest_graph: up to so many rows, and rows that only write K/V, passes replay CUDA graphs where there is a
+            GPU; None for no graphs.
 
     Attributes:
         kernels: `torch` or `triton`.
@@ -74,7 +75,7 @@ class SegmentRunner:
         seats: int,
         max_length: int,
         kernels: str = "auto",
-        graph_rows: int = 0,
+        largest_graph: tuple[int, int] | None = None,
     ) -> None:
         self.decoder, self.heads, self.layout = decoder, list(heads), layout
         spec, device, dtype = decoder.spec, decoder.device, decoder.dtype
@@ -84,7 +85,7 @@ class SegmentRunner:
         cos, sin = decoder.rotary_table(max_length)
         self._machinery = Machinery(decoder, self.heads, layout, self.pool, tables, self.arena, cos, sin)
         self.kernels = pick_kernels(kernels, decoder)
-        self._layers, self._reductions = _backend(self._machinery, self.kernels, graph_rows)
+        self._layers, self._reductions = _backend(self._machinery, self.kernels, largest_graph)
 
     def capture(self) -> None:
         """Capture CUDA graphs, if passes are to replay any."""
@@ -155,7 +156,7 @@ def pick_kernels(asked: str, decoder: Decoder) -> str:
     return asked
 
 
-def _backend(machinery: Machinery, kernels: str, graph_rows: int) -> tuple[Layers, Reductions]:
+def _backend(machinery: Machinery, kernels: str, largest_graph: tuple[int, int] | None) -> tuple[Layers, Reductions]:
     if kernels == "torch":
         return ReferenceLayers(machinery), TorchReductions()
     try:
@@ -164,4 +165,4 @@ def _backend(machinery: Machinery, kernels: str, graph_rows: int) -> tuple[Layer
     except ImportError as error:
         raise ValueError("kernels 'triton' need Triton, which torch brings on Linux: pip install triton") from error
     on_gpu = machinery.decoder.device.type == "cuda"
-    return FusedLayers(machinery, graph_rows if on_gpu else 0), FusedReductions()
+    return FusedLayers(machinery, largest_graph if on_gpu else None), FusedReductions()
