@@ -94,7 +94,7 @@ def _attention_error(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: in
     queries = torch.randn(len(visible), heads, head_dim, device=device).to(dtype)
     expected = TorchAttention(pools[1], tables, batch, heads, kv_heads).forward(0, 1, queries.double())
     most = rows_per_tile(heads, kv_heads, 16)
-    room = Room(len(visible), 0, count_tiles(batch.sizes, most), 1)
+    room = Room(len(visible), 0, count_tiles(batch.sizes, most), 1, 0)
     vector = torch.zeros(room.size, dtype=torch.int32)
     fill_in(vector.numpy(), room, batch, most)
     field = room.views(vector.to(device))

@@ -14,8 +14,7 @@ from drex.bench import bench
 from drex.bench.bench import Workload, random_prompts
 from drex.bench.runner import Cell
 from drex.bench.subject import Subject, synthetic
-from drex.compute.sampler import Judgement
-from drex.compute.segments import SegmentRunner
+from drex.compute.segments import SegmentRunner, Started
 from drex.config import EngineConfig
 from drex.control.plan import Pass, Verdicts
 from drex.request import SamplingParams
@@ -95,7 +94,7 @@ class Watched:
         self.runner, self.decoder = runner, runner.decoder
         self.marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def start(self, batch: Pass) -> Judgement | None:
+    def start(self, batch: Pass) -> Started:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         started = self.runner.start(batch)
@@ -103,7 +102,7 @@ class Watched:
         self.marks.append((begin, end))
         return started
 
-    def finish(self, started: Judgement | None) -> Verdicts:
+    def finish(self, started: Started) -> Verdicts:
         return self.runner.finish(started)
 
     def idle_share(self) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from drex.config import EarlyExit, ExitRule, check_run_ahead
@@ -133,6 +134,11 @@ class SamplingParams:
     def truncates(self) -> bool:
         """Whether only some of the tokens may be drawn."""
         return self.min_p > 0 or self.top_k > 0 or self.top_p < 1
+
+    @cached_property
+    def reshapes(self) -> bool:
+        """Whether more than the logits, temperature and noise decides a token; asked once a token, hence kept."""
+        return self.changes_logits or (self.temperature > 0 and self.truncates)
 
 
 def _number(value: object) -> bool:

@@ -32,6 +32,7 @@ def build_runner(
     """
     layout = model.layout
     assert config.kv_cache_tokens is not None
+    fills = config.max_fill_rows if model.exits.kv_fill == "project" else 0
     try:
         runner = SegmentRunner(
             model.decoder,
@@ -42,7 +43,7 @@ def build_runner(
             config.max_num_seqs,
             config.max_model_len,
             kernels,
-            0 if enforce_eager else GRAPH_ROWS,
+            None if enforce_eager else (GRAPH_ROWS, fills),
         )
         runner.capture()
     except torch.OutOfMemoryError as error:

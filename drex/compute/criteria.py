@@ -6,7 +6,7 @@ They are computed on the host from a few numbers a row, which the device has fou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,16 +102,19 @@ def agreeing_runs(evaluations: Evaluations, argmax: IntArray) -> IntArray:
 
 def by_criterion(evaluations: Evaluations, *, final: bool) -> dict[str, IntArray]:
     """Which rows have their confidence measured how."""
-    rows: dict[str, list[int]] = {}
-    for row, draws in enumerate(evaluations.draws):
-        name = draws.rule.criterion
-        rows.setdefault("max_prob" if final and name not in AT_THE_END else name, []).append(row)
-    return {name: np.array(chosen) for name, chosen in rows.items()}
+    names = [draws.rule.criterion for draws in evaluations.draws]
+    if final:
+        names = [name if name in AT_THE_END else "max_prob" for name in names]
+    kinds = set(names)
+    if len(kinds) == 1:
+        return {names[0]: np.arange(len(names))}
+    column = np.array(names)
+    return {name: np.flatnonzero(column == name) for name in sorted(kinds)}
 
 
-def confidences(measured: Measured, evaluations: Evaluations) -> FloatArray:
-    """Confidence of each row under its request's criterion. Shape (rows,), clipped to [0, 1]."""
+def confidences(measured: Measured, evaluations: Evaluations, asked: Mapping[str, IntArray]) -> FloatArray:
+    """Confidence of each row under its request's criterion, as `by_criterion` has them. Shape (rows,), in [0, 1]."""
     out = np.empty(len(evaluations))
-    for name, rows in by_criterion(evaluations, final=measured.final).items():
+    for name, rows in asked.items():
         out[rows] = CRITERIA[name](measured, rows, evaluations)
     return out.clip(0, 1)

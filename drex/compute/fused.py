@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drex.compute.decoder import LayerWeights
-from drex.compute.graphs import Graphs
+from drex.compute.graphs import Graphs, Size
 from drex.compute.indices import Room, count_tiles, fill_in
 from drex.compute.kernels.attention import Partial, Tiles, attend, rows_per_tile
 from drex.compute.kernels.layer import add_norm, enter, gate, leave, rotate_and_write
@@ -32,16 +32,17 @@ class FusedLayers:
 
     Args:
         machinery: what passes run on.
-        graph_rows: the most rows of a pass that replays a CUDA graph; 0 for none.
+        largest_graph: the most rows of each kind of a pass that replays a CUDA graph; None for no graphs.
     """
 
-    def __init__(self, machinery: Machinery, graph_rows: int = 0) -> None:
+    def __init__(self, machinery: Machinery, largest_graph: Size | None = None) -> None:
         self.machinery = machinery
         spec = machinery.decoder.spec
         self._tile, self._wide_tile = (
             rows_per_tile(spec.num_heads, spec.num_kv_heads, most) for most in (DECODE_TILE, PROMPT_TILE)
         )
-        self.graphs = Graphs(self._for_graph, graph_rows, len(machinery.layout.lengths)) if graph_rows else None
+        segments = len(machinery.layout.lengths)
+        self.graphs = Graphs(self._for_graph, largest_graph, segments) if largest_graph is not None else None
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -53,29 +54,27 @@ class FusedLayers:
         machinery, segment = self.machinery, batch.segment
         machinery.tables.hear(segment, batch.context.fresh)
         parts = machinery.layout.parts(segment)
-        rows = 0 if self.graphs is None or batch.fill.size else self.graphs.bucket(batch.full.size)
-        if rows:
+        size = None if self.graphs is None else self.graphs.bucket(batch.full.size, batch.fill.size)
+        if size is not None:
             assert self.graphs is not None
-            vector = self._pack(_graph_room(rows, parts), batch, self._tile)
-            before, hidden = self.graphs.replay(segment, rows, vector)
+            vector = self._pack(_graph_room(size, parts), batch, self._tile)
+            ends = self.graphs.replay(segment, size, vector)
         else:
             wide = batch.full.size >= LONG_SPAN * max(1, int(np.count_nonzero(batch.sizes)))
             tile_rows = self._wide_tile if wide else self._tile
-            room = Room(batch.full.size, batch.fill.size, count_tiles(batch.sizes, tile_rows), parts)
+            tiles = count_tiles(batch.sizes, tile_rows)
+            room = Room(batch.full.size, batch.fill.size, tiles, parts, len(batch.evaluations))
             vector = self._pack(room, batch, tile_rows).to(machinery.decoder.device, non_blocking=True)
-            before, hidden = self._launch(segment, room, vector, tile_rows)
-        return self._head(batch, before, hidden)
+            ends = self._ends(room.evaluated)
+            self._launch(segment, room, vector, tile_rows, ends)
+        asked = len(batch.evaluations)
+        before, hidden = ends[:, :asked]
+        return Ends(before, hidden, machinery.logits(segment, hidden) if asked else hidden[:, :0])
 
-    def _head(self, batch: Pass, before: Tensor, hidden: Tensor) -> Ends:
-        """Of the evaluated rows, which are usually the first ones."""
-        machinery, rows = self.machinery, batch.evaluations.rows
-        asked = len(rows)
-        if np.array_equal(rows, np.arange(asked)):
-            before, hidden = before[:asked], hidden[:asked]
-        else:
-            index = torch.from_numpy(rows).to(hidden.device, non_blocking=True)
-            before, hidden = before.index_select(0, index), hidden.index_select(0, index)
-        return Ends(before, hidden, machinery.logits(batch.segment, hidden) if asked else hidden[:, :0])
+    def _ends(self, rows: int) -> Tensor:
+        """Room for what the segment's last layer was given and gave, of evaluated rows: (2, rows, hidden)."""
+        decoder = self.machinery.decoder
+        return decoder.embedding.new_empty(2, rows, decoder.spec.hidden_size)
 
     def _pack(self, room: Room, batch: Pass, tile_rows: int) -> Tensor:
         """On the host, in memory that a GPU can fetch from without waiting."""
@@ -88,46 +87,44 @@ class FusedLayers:
         """Capture the graphs, if there are to be any."""
         if self.graphs is None:
             return
-        decoder, layout, most = self.machinery.decoder, self.machinery.layout, self.graphs.buckets[-1]
-        size = max(_graph_room(most, layout.parts(segment)).size for segment in range(len(layout.lengths)))
-        vector = torch.zeros(size, dtype=torch.int32, device=decoder.device)
-        self.graphs.capture(vector, decoder.embedding.new_empty(2, most, decoder.spec.hidden_size))
+        layout, most = self.machinery.layout, self.graphs.largest
+        numbers = max(_graph_room(most, layout.parts(segment)).size for segment in range(len(layout.lengths)))
+        vector = torch.zeros(numbers, dtype=torch.int32, device=self.machinery.decoder.device)
+        self.graphs.capture(vector, self._ends(most[0]))
 
-    def _for_graph(self, segment: int, rows: int, vector: Tensor, ends: Tensor) -> None:
-        """What a graph of so many rows does."""
-        room = _graph_room(rows, self.machinery.layout.parts(segment))
-        before, hidden = self._launch(segment, room, vector, self._tile)
-        ends[0, :rows].copy_(before)
-        ends[1, :rows].copy_(hidden)
+    def _for_graph(self, segment: int, size: Size, vector: Tensor, ends: Tensor) -> None:
+        """What a graph of a size does."""
+        room = _graph_room(size, self.machinery.layout.parts(segment))
+        self._launch(segment, room, vector, self._tile, ends[:, : room.evaluated])
 
-    def _launch(self, segment: int, room: Room, vector: Tensor, tile_rows: int) -> tuple[Tensor, Tensor]:
-        """All kernels of a pass, over its vector on the device.
-
-        Returns:
-            What the segment's last layer was given, and its output, (full rows, hidden) each.
-        """
+    def _launch(self, segment: int, room: Room, vector: Tensor, tile_rows: int, ends: Tensor) -> None:
+        """All kernels of a pass, over its vector on the device; `ends` is filled for the evaluated rows."""
         machinery, decoder = self.machinery, self.machinery.decoder
         spec, layers = decoder.spec, decoder.layers
         field = room.views(vector)
         first, length = machinery.first_layer(segment), machinery.layout.lengths[segment]
         full, rows = room.full, room.full + room.fill
         hidden = decoder.embedding.new_empty(rows, spec.hidden_size)
-        normed, before = torch.empty_like(hidden), hidden[:full]
+        normed = torch.empty_like(hidden)
         source, index = (decoder.embedding, field["tokens"]) if segment == 0 else (machinery.arena, field["arena"])
         enter(source, index, layers[first].attention_norm, spec.eps, hidden, normed)
         attention = _Attention(machinery, segment, room, field, tile_rows)
         for number in range(length):
             layer = layers[first + number]
-            if number == length - 1:
-                before = hidden[:full].clone()
             attended = attention.run(number, layer, normed)
-            delta = self._mlp(layer, hidden[:full], attended, normed[:full])
             if number < length - 1:
+                delta = self._mlp(layer, hidden[:full], attended, normed[:full])
                 add_norm(hidden, delta, layers[first + number + 1].attention_norm, spec.eps, normed)
-        if machinery.is_final(segment):
-            return before, hidden[:full].add_(delta)
+        before, after = ends
+        evaluated = field["evaluated"]
+        torch.index_select(hidden, 0, evaluated, out=before)
+        if machinery.is_final(segment):  # where nobody reads the other rows any more
+            after.copy_(before)
+            after += self._mlp(layer, after, attended.index_select(0, evaluated), normed[: room.evaluated])
+            return
+        delta = self._mlp(layer, hidden[:full], attended, normed[:full])
         leave(hidden[:full], delta, machinery.arena, field["arena"], field["counts"])
-        return before, hidden[:full]
+        torch.index_select(hidden, 0, evaluated, out=after)
 
     def _mlp(self, layer: LayerWeights, hidden: Tensor, attended: Tensor, normed: Tensor) -> Tensor:
         """Output projection, its residual added in place, and what the MLP adds to that. `normed` is overwritten."""
@@ -139,9 +136,10 @@ class FusedLayers:
         return F.linear(gated, layer.down, layer.down_bias)
 
 
-def _graph_room(rows: int, parts: int) -> Room:
+def _graph_room(size: Size, parts: int) -> Room:
     """A tile takes rows of one request, so there are never more than rows."""
-    return Room(rows, 0, rows, parts)
+    rows, fills = size
+    return Room(full=rows, fill=fills, tiles=rows, parts=parts, evaluated=rows)
 
 
 class _Attention:
@@ -150,13 +148,8 @@ class _Attention:
     def __init__(
         self, machinery: Machinery, segment: int, room: Room, field: dict[str, Tensor], tile_rows: int
     ) -> None:
-        self.machinery, self.segment, self.room, self.field, self.tile_rows = (
-            machinery,
-            segment,
-            room,
-            field,
-            tile_rows,
-        )
+        self.machinery, self.segment = machinery, segment
+        self.room, self.field, self.tile_rows = room, field, tile_rows
         spec = machinery.decoder.spec
         wanted = PROGRAMS // max(1, room.tiles * spec.num_kv_heads)
         self.splits = 1 << max(0, min(MOST_SPLITS, wanted).bit_length() - 1)
@@ -185,6 +178,7 @@ class _Attention:
             field["positions"],
             field["cells"][part],
             field["counts"],
+            full,
             machinery.cos,
             machinery.sin,
             norms,

@@ -1,7 +1,7 @@
 """A Pass as one vector of whole numbers, which crosses to the device in one copy and is read there by kernels.
 
-Fields may be longer than what a pass fills: the rest is zeros, and `counts` says how many rows there are. So a CUDA
-graph that was captured for more rows runs a pass of fewer.
+Fields may be longer than what a pass fills: the rest is zeros, and `counts` says how many rows there are of each kind;
+K/V-only rows lie behind the room for the others. So a CUDA graph that was captured for more rows runs a pass of fewer.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ class Room(NamedTuple):
         full, fill: rows that run the segment, and that only write K/V.
         tiles: of attention.
         parts: of the segment.
+        evaluated: rows whose head is evaluated.
     """
 
     full: int
     fill: int
     tiles: int
     parts: int
+    evaluated: int
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the fields, in order."""
@@ -46,6 +48,7 @@ class Room(NamedTuple):
             "tile_seats": (self.tiles,),
             "tile_in_run": (self.tiles,),
             "tile_starts": (self.parts, self.tiles),
+            "evaluated": (self.evaluated,),
         }
 
     @property
@@ -77,11 +80,10 @@ def fill_in(vector: npt.NDArray[np.int32], room: Room, batch: Pass, tile_rows: i
     """
     field = room.views(vector)
     full, fill = batch.full, batch.fill
-    assert not fill.size or room.full == full.size
-    field["counts"][:] = full.size, full.size + fill.size
+    field["counts"][:] = full.size, fill.size
     field["tokens"][: len(batch.tokens)] = batch.tokens
     field["visible"][: full.size] = batch.visible
-    for rows, start in ((full, 0), (fill, full.size)):
+    for rows, start in ((full, 0), (fill, room.full)):
         stop = start + rows.size
         field["positions"][start:stop] = rows.positions
         field["arena"][start:stop] = rows.arena
@@ -93,6 +95,7 @@ def fill_in(vector: npt.NDArray[np.int32], room: Room, batch: Pass, tile_rows: i
     field["tile_seats"][:used] = batch.context.seats[span]
     field["tile_in_run"][:used] = batch.context.in_run[span]
     field["tile_starts"][:, :used] = batch.context.starts[:, span]
+    field["evaluated"][: len(batch.evaluations)] = batch.evaluations.rows
 
 
 def tiles(sizes: IntArray, most: int) -> tuple[IntArray, IntArray, IntArray]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from drex.compute.spec import ModelSpec
+from drex.compute.transfer import put
 from drex.control.plan import Entries
 from drex.control.slots import SlotLayout
 
@@ -50,6 +52,8 @@ class KVTables:
         if not len(fresh.seats):
             return
         cells, aliased = self.cells[segment], self.aliased[segment]
-        seats, numbers = (torch.from_numpy(each).to(cells.device) for each in (fresh.seats, fresh.numbers))
-        cells[:, seats, numbers] = torch.from_numpy(fresh.cells).to(cells.device, cells.dtype)
-        aliased[seats, numbers] = torch.from_numpy(fresh.aliased).to(cells.device)
+        told = np.vstack((fresh.seats, fresh.numbers, fresh.aliased, fresh.cells))
+        seats, numbers, aliases, *parts = put(torch.from_numpy(told), cells.device)
+        aliased[seats, numbers] = aliases.bool()
+        for part, where in zip(cells, parts, strict=True):
+            part[seats, numbers] = where.to(cells.dtype)

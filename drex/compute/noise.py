@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drex.compute.transfer import put
 from drex.control.hashing import GOLDEN, MIX, Hashes
 
 
@@ -19,7 +20,7 @@ def gumbel(keys: Hashes, vocab_size: int, device: torch.device) -> Tensor:
     Returns:
         (rows, vocab_size), float64.
     """
-    start = torch.from_numpy(keys.view(np.int64)).to(device)
+    start = put(torch.from_numpy(keys.view(np.int64)), device)
     state = start[:, None] + torch.arange(1, vocab_size + 1, device=device) * _signed(GOLDEN)
     for shift, factor in MIX:
         state = (state ^ _shift_right(state, shift)) * _signed(factor)

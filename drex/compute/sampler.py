@@ -1,26 +1,25 @@
 """From logits to verdicts: the token of each evaluated row, its log-probability and confidence, and whether it exits.
 
-Confidence and log-probabilities are of the unscaled distribution. The order of what is applied to draw a token is
-vLLM's: penalties, logit_bias and banned tokens, temperature, min_p, top_k, top_p.
+Confidence and log-probabilities are of the unscaled distribution. All that the device is to find is asked of it at
+once; what it found comes to the host in one small copy, and one more where likely alternatives are to be reported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import islice
-from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drex.compute.copied import Copied
 from drex.compute.criteria import Measured, agreeing_runs, by_criterion, confidences
+from drex.compute.drawing import Reductions, draw, wide
 from drex.compute.noise import gumbel
-from drex.control.hashing import Hashes, mix
-from drex.control.plan import Draws, Evaluations, FloatArray, Verdicts
+from drex.compute.transfer import Copied, put
+from drex.control.hashing import Hashes
+from drex.control.plan import Evaluations, FloatArray, Verdicts
 
 NEEDS = {"margin": "second", "entropy": "mean", "state": "cosine", "probe": "probed"}
 """What a criterion needs beyond the columns that always are there."""
@@ -46,21 +45,13 @@ class HeadOutput:
     probe: tuple[Tensor, Tensor] | None
 
 
-class Reductions(Protocol):
-    """What reads whole rows of logits: `TorchReductions`, or Triton kernels that read them once."""
-
-    def summarise(self, logits: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        """The columns `argmax`, `best` and `log_sum_exp`, and those of `second` and `mean` that are wanted."""
-
-    def draw(self, logits: Tensor, best: Tensor, temperatures: Tensor, keys: Hashes) -> Tensor:
-        """Tokens: the argmax of (logit - best) / temperature plus the Gumbel noise of a 64-bit key. Shapes (rows,)."""
-
-
 class TorchReductions:
     """In torch, one reduction after the other."""
 
+    def prepare(self, logits: Tensor) -> Tensor:
+        return wide(logits)
+
     def summarise(self, logits: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        logits = wide(logits)
         argmax, log_sum_exp = logits.argmax(-1), logits.logsumexp(-1)
         columns = {"argmax": argmax, "best": logits.gather(1, argmax[:, None])[:, 0], "log_sum_exp": log_sum_exp}
         if "second" in wanted:
@@ -71,33 +62,36 @@ class TorchReductions:
 
     def draw(self, logits: Tensor, best: Tensor, temperatures: Tensor, keys: Hashes) -> Tensor:
         # From the maximum down, so that a tiny temperature makes the others -inf and not the best ones inf.
-        scaled = (wide(logits) - best[:, None]) / temperatures[:, None]
+        scaled = (logits - best[:, None]) / temperatures[:, None]
         return (scaled.double() + gumbel(keys, logits.shape[1], logits.device)).argmax(-1)
 
 
 class Judgement:
-    """The verdicts of one pass's evaluations, under way: one small copy to the host, and one more for `tops`.
+    """The verdicts of one pass's evaluations, under way.
 
     Args:
-        head: its output, which must stay as it is until `verdicts` was called.
+        head: its output.
         evaluations: in the same order.
         reductions: for the logits.
     """
 
     def __init__(self, head: HeadOutput, evaluations: Evaluations, reductions: Reductions) -> None:
-        self.head, self.evaluations = head, evaluations
-        columns = _measure(head, evaluations, reductions)
-        columns |= _draw(head.logits, columns, evaluations, reductions)
+        self.evaluations = evaluations
+        self._segment, self._final, self._vocab_size = head.segment, head.final, head.logits.shape[1]
+        self._asked = by_criterion(evaluations, final=head.final)
+        logits = reductions.prepare(head.logits)
+        columns = _measure(head, logits, self._asked, reductions)
+        columns |= draw(logits, columns, evaluations, reductions)
         self._names = list(columns)
         self._numbers = Copied(torch.stack([column.double() for column in columns.values()]))
+        self._tops = Tops(logits, evaluations)
 
     def verdicts(self) -> Verdicts:
         """Wait for them."""
         columns = dict(zip(self._names, self._numbers.wait(), strict=True))
-        head, evaluations = self.head, self.evaluations
-        argmax = columns["argmax"].astype(np.int64)
-        measured = Measured(columns, head.logits.shape[1], head.segment, head.final)
-        certain = confidences(measured, evaluations)
+        evaluations, argmax = self.evaluations, columns["argmax"].astype(np.int64)
+        measured = Measured(columns, self._vocab_size, self._segment, self._final)
+        certain = confidences(measured, evaluations, self._asked)
         # NaN, where the row may not exit, is below nothing; and if a penalty or bias changes the argmax, the exit's
         # confidence is not about this token.
         exited = (certain >= evaluations.thresholds) & (columns["adjusted"] == argmax)
@@ -107,19 +101,14 @@ class Judgement:
             confidences=certain,
             exited=exited,
             agreeing=agreeing_runs(evaluations, argmax),
-            tops=_tops(head.logits, columns["log_sum_exp"], evaluations),
+            tops=self._tops.wait(columns["log_sum_exp"]),
         )
 
 
-def wide(logits: Tensor) -> Tensor:
-    """At least float32: a copy of 16-bit logits."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _measure(head: HeadOutput, evaluations: Evaluations, reductions: Reductions) -> dict[str, Tensor]:
+def _measure(head: HeadOutput, logits: Tensor, criteria: Collection[str], reductions: Reductions) -> dict[str, Tensor]:
     """The columns that confidences are computed from."""
-    wanted = {NEEDS[name] for name in by_criterion(evaluations, final=head.final) if name in NEEDS}
-    columns = reductions.summarise(head.logits, wanted)
+    wanted = {NEEDS[name] for name in criteria if name in NEEDS}
+    columns = reductions.summarise(logits, wanted)
     if "cosine" in wanted:
         columns["cosine"] = F.cosine_similarity(wide(head.before), wide(head.hidden), dim=-1)
     if "probed" in wanted:
@@ -129,131 +118,45 @@ def _measure(head: HeadOutput, evaluations: Evaluations, reductions: Reductions)
     return columns
 
 
-def _tops(
-    logits: Tensor, log_sum_exp: FloatArray, evaluations: Evaluations
-) -> dict[int, tuple[tuple[int, float], ...]]:
-    """The most likely tokens of rows with their log-probabilities, best first, as many as each asks for."""
-    rows, vocab = logits.shape
-    # By count: which of equally likely tokens topk takes depends on how many it takes, and must not on other rows.
-    wanting: dict[int, list[int]] = {}
-    for row, draws in enumerate(evaluations.draws):
-        count = draws.params.prompt_logprobs if row in evaluations.targets else draws.params.logprobs
-        if count:
-            wanting.setdefault(min(count, vocab), []).append(row)
-    if not wanting:
-        return {}
-    found = []
-    for count, chosen in wanting.items():
+class Tops:
+    """The most likely tokens of rows, as many as each asks for, under way.
+
+    Args:
+        logits: (rows, vocab).
+        evaluations: a row each.
+    """
+
+    def __init__(self, logits: Tensor, evaluations: Evaluations) -> None:
+        counts = [draws.params.logprobs for draws in evaluations.draws]
+        for row in evaluations.targets:
+            counts[row] = evaluations.draws[row].params.prompt_logprobs
+        # By count: which of equally likely tokens topk takes depends on how many it takes, and must not on other rows.
+        self._rows: dict[int, list[int]] = {}
+        if any(counts):
+            for row, count in enumerate(counts):
+                if count:
+                    self._rows.setdefault(min(count, logits.shape[1]), []).append(row)
+            self._found = Copied(torch.cat([self._start(logits, *each) for each in self._rows.items()]))
+
+    @staticmethod
+    def _start(logits: Tensor, count: int, rows: list[int]) -> Tensor:
+        """Tokens and their logits, side by side, row after row."""
         # The usual case, all rows alike, spares a copy of the logits.
-        values, tokens = (logits if len(chosen) == rows else logits[chosen]).topk(count)
-        found.append(torch.stack((tokens.double(), values.double()), dim=-1).flatten(0, 1))
-    pairs = iter(torch.cat(found).tolist())
-    total = log_sum_exp.tolist()
-    return {
-        row: tuple((int(token), logit - total[row]) for token, logit in islice(pairs, count))
-        for count, chosen in wanting.items()
-        for row in chosen
-    }
+        of = logits if len(rows) == len(logits) else logits.index_select(0, put(torch.tensor(rows), logits.device))
+        values, tokens = of.topk(count)
+        return torch.stack((tokens.double(), values.double()), dim=-1).flatten(0, 1)
 
-
-def _draw(
-    logits: Tensor, columns: dict[str, Tensor], evaluations: Evaluations, reductions: Reductions
-) -> dict[str, Tensor]:
-    """Columns `token`, `adjusted` (the argmax after penalties, bias and bans) and `logit` (the token's)."""
-    argmax, targets, banned = columns["argmax"], evaluations.targets, evaluations.banned
-    plain, special = [], []
-    for row, draws in enumerate(evaluations.draws):
-        params = draws.params
-        if row in targets:
-            continue
-        if params.changes_logits or banned.get(row) or (params.temperature > 0 and params.truncates):
-            special.append(row)
-        elif params.temperature > 0:
-            plain.append(row)
-    if not plain and not special and not targets:
-        return {"token": argmax, "adjusted": argmax, "logit": columns["best"]}
-    token, adjusted = argmax.long(), argmax
-    # The usual case, all rows alike, needs no index.
-    some = slice(None) if len(plain) == len(evaluations) else plain
-    if plain:
-        chosen = [evaluations.draws[row] for row in plain]
-        keys = _keys(chosen, evaluations.positions[plain].tolist())
-        heat = _column([each.params.temperature for each in chosen], wide(logits[:1]))
-        drawn = reductions.draw(logits[some], columns["best"][some], heat, keys)
-        token = token.clone()
-        token[some] = drawn.long()
-    if special:
-        picked, best = _draw_specially(wide(logits[special]), special, evaluations)
-        token, adjusted = token.clone(), argmax.long().clone()
-        token[special], adjusted[special] = picked, best
-    if targets:
-        token = token.clone()
-        token[list(targets)] = torch.tensor(list(targets.values()), device=logits.device)
-    return {"token": token, "adjusted": adjusted, "logit": logits.gather(1, token[:, None])[:, 0]}
-
-
-def _draw_specially(logits: Tensor, rows: Sequence[int], evaluations: Evaluations) -> tuple[Tensor, Tensor]:
-    """Tokens, and the argmax after penalties, bias and bans, of rows of logits, which are changed."""
-    chosen, positions = [evaluations.draws[row] for row in rows], evaluations.positions[list(rows)].tolist()
-    for row, adjusted, draws, position in zip(rows, logits, chosen, positions, strict=True):
-        _adjust(adjusted, draws, position, evaluations.banned.get(row, ()))
-    return _sample(logits, chosen, positions), logits.argmax(-1)
-
-
-def _adjust(logits: Tensor, draws: Draws, position: int, banned: Sequence[int]) -> None:
-    """Penalties, bias and bans on one row, in place. logits: (vocab,)."""
-    params = draws.params
-    history = draws.tokens[: position + 1]
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(history)), device=logits.device)
-        values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if params.presence_penalty or params.frequency_penalty:
-        output = torch.tensor(history[draws.prompt_length :], dtype=torch.long, device=logits.device)
-        counts = torch.bincount(output, minlength=len(logits)).to(logits.dtype)
-        logits -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
-    for token, bias in (params.logit_bias or {}).items():
-        logits[token] += bias
-    if banned:
-        logits[list(banned)] = -torch.inf
-
-
-def _sample(logits: Tensor, draws: Sequence[Draws], positions: Sequence[int]) -> Tensor:
-    """Draw a token a row: temperature, min_p, top_k, top_p, then the argmax of logits + Gumbel noise."""
-    temperature = _column([each.params.temperature for each in draws], logits)[:, None]
-    greedy = temperature == 0
-    scaled = (logits - logits.amax(-1, keepdim=True)) / torch.where(greedy, 1.0, temperature)
-    if any(each.params.min_p > 0 for each in draws):
-        min_p = _column([each.params.min_p for each in draws], logits)[:, None]
-        floor = scaled.amax(-1, keepdim=True) + min_p.log()
-        scaled = scaled.masked_fill(scaled < floor, -torch.inf)
-    if any(each.params.top_k > 0 or each.params.top_p < 1 for each in draws):
-        scaled = _truncate(scaled, draws)
-    noise = gumbel(_keys(draws, positions), logits.shape[-1], logits.device)
-    return torch.where(greedy[:, 0], scaled.argmax(-1), (scaled.double() + noise).argmax(-1))
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)
-
-
-def _keys(draws: Sequence[Draws], positions: Sequence[int]) -> Hashes:
-    """Of the noise of each row's token."""
-    return mix([each.seed for each in draws], [each.sample for each in draws], positions)
-
-
-def _truncate(scaled: Tensor, draws: Sequence[Draws]) -> Tensor:
-    """top_k, then top_p over what is left. Shapes (rows, vocab) -> (rows, vocab)."""
-    vocab = scaled.shape[-1]
-    device = scaled.device
-    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    top_k = torch.tensor(
-        [min(each.params.top_k, vocab) if each.params.top_k > 0 else vocab for each in draws], device=device
-    )
-    ordered = ordered.masked_fill(torch.arange(vocab, device=device)[None] >= top_k[:, None], -torch.inf)
-    top_p = torch.tensor([each.params.top_p for each in draws], dtype=scaled.dtype, device=device)[:, None]
-    probabilities = ordered.softmax(-1)
-    # A token stays while the mass before it is under top_p: the one that crosses it is kept.
-    before = probabilities.cumsum(-1) - probabilities
-    ordered = ordered.masked_fill((before >= top_p) & (top_p < 1), -torch.inf)
-    return torch.empty_like(scaled).scatter_(1, order, ordered)
+    def wait(self, log_sum_exp: FloatArray) -> dict[int, tuple[tuple[int, float], ...]]:
+        """(token, log-probability), best first, by row that asked; log_sum_exp: of all rows' logits."""
+        out: dict[int, tuple[tuple[int, float], ...]] = {}
+        if not self._rows:
+            return out
+        start, found = 0, self._found.wait()
+        for count, rows in self._rows.items():
+            stop = start + count * len(rows)
+            pairs = found[start:stop].reshape(len(rows), count, 2)
+            tokens, logprobs = pairs[..., 0].astype(np.int64), pairs[..., 1] - log_sum_exp[rows][:, None]
+            for row, *columns in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+                out[row] = tuple(zip(*columns, strict=True))
+            start = stop
+        return out

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from drex.compute.decoder import Decoder
+from drex.compute.drawing import Reductions
 from drex.compute.heads import ExitHead
 from drex.compute.kv import KVPool, KVTables
 from drex.compute.reference import Layers, Machinery, Probe, ReferenceLayers
-from drex.compute.sampler import HeadOutput, Judgement, Reductions, TorchReductions
+from drex.compute.sampler import HeadOutput, Judgement, TorchReductions
+from drex.compute.transfer import Mark
 from drex.control.plan import NOTHING, Evaluations, Pass, Verdicts
 from drex.control.slots import SlotLayout
 
 KERNELS = ("auto", "torch", "triton")
 GRAPH_ROWS = 512
-"""The largest pass that replays a CUDA graph: beyond, launching takes less time than running."""
+"""Rows of the largest pass that replays a CUDA graph: beyond, launching takes less time than running."""
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Started(Protocol):
+    """A pass that is under way: a `Judgement`, or an `Unjudged`."""
+
+    def verdicts(self) -> Verdicts:
+        """Wait for it, and for nothing else; to be called before another pass is started."""
+
+
+class Unjudged:
+    """A pass that evaluates no head, under way."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._end = Mark(device)
+
+    def verdicts(self) -> Verdicts:
+        """None, once it is done."""
+        self._end.wait()
+        return NOTHING
 
 
 class SegmentRunner:
@@ -33,7 +55,8 @@ class SegmentRunner:
         seats: requests that run.
         max_length: positions a request may reach.
         kernels: `torch`, `triton`, or `auto`: Triton's on a GPU.
-        graph_rows: up to so many rows, passes replay CUDA graphs where there is a GPU; 0 for none.
+        largest_graph: up to so many rows, and rows that only write K/V, passes replay CUDA graphs where there is a
+            GPU; None for no graphs.
 
     Attributes:
         kernels: `torch` or `triton`.
@@ -52,7 +75,7 @@ class SegmentRunner:
         seats: int,
         max_length: int,
         kernels: str = "auto",
-        graph_rows: int = 0,
+        largest_graph: tuple[int, int] | None = None,
     ) -> None:
         self.decoder, self.heads, self.layout = decoder, list(heads), layout
         spec, device, dtype = decoder.spec, decoder.device, decoder.dtype
@@ -62,7 +85,7 @@ class SegmentRunner:
         cos, sin = decoder.rotary_table(max_length)
         self._machinery = Machinery(decoder, self.heads, layout, self.pool, tables, self.arena, cos, sin)
         self.kernels = pick_kernels(kernels, decoder)
-        self._layers, self._reductions = _backend(self._machinery, self.kernels, graph_rows)
+        self._layers, self._reductions = _backend(self._machinery, self.kernels, largest_graph)
 
     def capture(self) -> None:
         """Capture CUDA graphs, if passes are to replay any."""
@@ -74,20 +97,17 @@ class SegmentRunner:
         return self._layers.buckets
 
     @torch.inference_mode()
-    def start(self, batch: Pass) -> Judgement | None:
-        """Execute a pass; on a GPU without waiting for it. Returns what its verdicts come from, if it has any."""
+    def start(self, batch: Pass) -> Started:
+        """Execute a pass; on a GPU without waiting for it. Returns what its verdicts come from."""
         ends = self._layers.run(batch)
         if not len(batch.evaluations):
-            return None
+            return Unjudged(self.decoder.device)
         return self._judge(batch.segment, ends.logits, ends.hidden, ends.before, batch.evaluations)
 
     @torch.inference_mode()
-    def finish(self, started: Judgement | None) -> Verdicts:
+    def finish(self, started: Started) -> Verdicts:
         """Wait for the verdicts of a pass that was started, before another one is."""
-        if started is not None:
-            return started.verdicts()
-        self.synchronize()
-        return NOTHING
+        return started.verdicts()
 
     def run(self, batch: Pass) -> Verdicts:
         """Execute a pass; returns the verdicts of its evaluations."""
@@ -136,7 +156,7 @@ def pick_kernels(asked: str, decoder: Decoder) -> str:
     return asked
 
 
-def _backend(machinery: Machinery, kernels: str, graph_rows: int) -> tuple[Layers, Reductions]:
+def _backend(machinery: Machinery, kernels: str, largest_graph: tuple[int, int] | None) -> tuple[Layers, Reductions]:
     if kernels == "torch":
         return ReferenceLayers(machinery), TorchReductions()
     try:
@@ -145,4 +165,4 @@ def _backend(machinery: Machinery, kernels: str, graph_rows: int) -> tuple[Layer
     except ImportError as error:
         raise ValueError("kernels 'triton' need Triton, which torch brings on Linux: pip install triton") from error
     on_gpu = machinery.decoder.device.type == "cuda"
-    return FusedLayers(machinery, graph_rows if on_gpu else 0), FusedReductions()
+    return FusedLayers(machinery, largest_graph if on_gpu else None), FusedReductions()

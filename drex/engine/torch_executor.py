@@ -6,8 +6,7 @@ import logging
 import time
 from collections import deque
 
-from drex.compute.sampler import Judgement
-from drex.compute.segments import SegmentRunner
+from drex.compute.segments import SegmentRunner, Started
 from drex.control.plan import Pass, PassResult
 
 log = logging.getLogger(__name__)
@@ -22,7 +21,7 @@ class TorchExecutor:
     def __init__(self, runner: SegmentRunner) -> None:
         self.runner = runner
         self.asynchronous = runner.decoder.device.type == "cuda"
-        self._started: deque[tuple[Pass, Judgement | Exception | None]] = deque()
+        self._started: deque[tuple[Pass, Started | Exception]] = deque()
 
     def now(self) -> float:
         return time.perf_counter()

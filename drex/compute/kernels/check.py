@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from drex.compute.transfer import put
 from drex.control.hashing import GOLDEN, MIX, Hashes
 
 COLUMNS = ("argmax", "best", "second", "log_sum_exp", "mean")
@@ -28,6 +29,10 @@ _FACTOR_1, _FACTOR_2, _FACTOR_3 = (tl.constexpr(factor) for _, factor in MIX)
 
 class FusedReductions:
     """The reductions of `drex.compute.sampler`, each in one read of the logits."""
+
+    def prepare(self, logits: Tensor) -> Tensor:
+        """As they are: kernels widen what they read."""
+        return logits
 
     def summarise(self, logits: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
         """All columns, whatever is wanted. Shapes: logits (rows, vocab), columns (rows,), float64."""
@@ -48,7 +53,7 @@ class FusedReductions:
         parts = torch.empty(rows, splits, device=logits.device, dtype=torch.float64)
         where = torch.empty(rows, splits, device=logits.device, dtype=torch.int32)
         tokens = torch.empty(rows, device=logits.device, dtype=torch.int64)
-        hashes = torch.from_numpy(keys.view(np.int64)).to(logits.device)
+        hashes = put(torch.from_numpy(keys.view(np.int64)), logits.device)
         block = min(BLOCK, triton.next_power_of_2(vocab))
         grid = (rows, splits)
         _draw[grid](logits, best.float(), temperatures, hashes, parts, where, vocab, SPLITS=splits, BLOCK=block)

@@ -47,6 +47,7 @@ def rotate_and_write(
     positions: Tensor,
     cells: Tensor,
     counts: Tensor,
+    full: int,
     cos: Tensor,
     sin: Tensor,
     norms: tuple[Tensor, Tensor] | None,
@@ -58,6 +59,7 @@ def rotate_and_write(
 ) -> None:
     """Rotate (and, where `norms` of q and k are given, norm) queries and keys; keys and values go to their cells.
 
+    K/V-only rows start at row `full`; of each kind the first `counts` rows are there.
     Shapes: fused (rows, heads + 2 kv_heads, head_dim), positions and cells (rows,), cos and sin (positions,
     head_dim / 2), queries (rows, heads, head_dim), keys and values (planes, cells, kv_heads, head_dim).
     """
@@ -66,7 +68,7 @@ def rotate_and_write(
     weights = norms or (cos, cos)
     _rotate_and_write[(rows, heads + 2 * kv_heads)](
         *(fused, positions, cells, counts, cos, sin, *weights, queries, keys, values),
-        *(plane, keys.shape[1], eps),
+        *(full, plane, keys.shape[1], eps),
         HEADS=heads,
         KV_HEADS=kv_heads,
         HALF=head_dim // 2,
@@ -142,7 +144,7 @@ def _either(first, one, other, inside):
     return read.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["plane", "num_cells"])
+@triton.jit(do_not_specialize=["full", "plane", "num_cells"])
 def _rotate_and_write(
     fused,
     positions,
@@ -155,6 +157,7 @@ def _rotate_and_write(
     queries,
     keys,
     values,
+    full,
     plane,
     num_cells,
     eps,
@@ -165,7 +168,8 @@ def _rotate_and_write(
     NORM: tl.constexpr,
 ):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if row >= tl.load(counts + 1):
+    behind = row >= full
+    if row - tl.where(behind, full, 0) >= tl.load(counts + behind.to(tl.int32)):
         return
     column = tl.arange(0, BLOCK)
     inside = column < HALF
