@@ -89,6 +89,8 @@ class FlushRule:
         # How many of the ready rows may start: any few, or as many as fill a step of the cost.
         self._sizes = np.concatenate((self.counts[1:FEW], self.counts[FEW::8]))
         self._tokens = self._seconds = 0.0
+        # Tokens earned, and those that full depth would have earned meanwhile.
+        self._gain = (0.0, 0.0)
         self._checked = (0.0, 0.0, 0)
         self._ahead = self._lossless = False
         self._context = 0.0
@@ -111,6 +113,17 @@ class FlushRule:
     def achieved(self) -> float | None:
         """The moving average of tokens a second while decoding; None before any."""
         return self._tokens / self._seconds if self._seconds else None
+
+    @property
+    def earning_ahead(self) -> float:
+        """θ under run-ahead, which nothing solves for: the moving average of the gain on full depth, at this load.
+
+        Not of the rate, which lags behind requests that come and go. Trusted run-ahead never has to earn less than what
+        is solved without; lossless run-ahead may.
+        """
+        earned, full = self._gain
+        gained = earned / full * self._full_rate() if full else 0.0
+        return gained if self._lossless else max(self.earning, gained)
 
     @property
     def promises(self) -> float | None:
@@ -136,6 +149,8 @@ class FlushRule:
         """Count a pass: tokens decided, what it took, and whether exits were checked at the time."""
         fade = math.exp(-1.0 / EARNING_MEMORY)
         self._tokens, self._seconds = self._tokens * fade + tokens, self._seconds * fade + seconds
+        earned, full = self._gain
+        self._gain = earned * fade + tokens, full * fade + seconds * self._full_rate()
         if checked:
             earned, took, passes = self._checked
             self._checked = earned * fade + tokens, took * fade + seconds, passes + 1
@@ -157,6 +172,7 @@ class FlushRule:
             count = np.array([float(max(1, decoding))])
             seconds = float(self.cost.full_depth(count, context)[0])
             self._tokens, self._seconds = float(count[0]), seconds
+            self._gain = self._tokens, self._tokens
         if pass_number % REFRESH == 0:
             self._context = context
             self._refresh()
@@ -192,6 +208,11 @@ class FlushRule:
     def full_step(self, decoding: int) -> float:
         """What a token takes at full depth with so many decoding, as of the last refresh."""
         return float(self._full[min(decoding, len(self._full) - 1)])
+
+    def _full_rate(self) -> float:
+        """Tokens a second at full depth at this load."""
+        decoding = max(1, self._decoding)
+        return decoding / self.full_step(decoding)
 
     def choose(self, waiting: Waiting) -> tuple[int, int] | None:
         """The segment to run, and how many of the ready rows where that is 0; None if nothing waits anywhere."""
@@ -232,6 +253,4 @@ class FlushRule:
             base = max(1.0, held)
             flush = self.seconds(deeper, np.append(base + live, base), np.append(owed + fills + rows - live, owed))
             seconds = seconds + flush[:-1] - flush[-1]
-        # Under run-ahead more may be earned than what is solved without.
-        ahead = 0.0 if waiting.chances is None else self.achieved or 0.0
-        return rows - max(self.earning, ahead) * seconds
+        return rows - (self.earning if waiting.chances is None else self.earning_ahead) * seconds
