@@ -112,12 +112,11 @@ def serve(
     if off:
         scheduler.drafts.acceptance = acceptance = Miscalibrated(scheduler.segments - 1)
         acceptance.off = off
+    jobs = [Job(PROMPT, TOKENS)] * (count * (1 + turns))
+    # Each turn has texts of its own.
+    requests = list(scenario.requests(jobs, scheduler.segments, config.run_ahead))
     for turn in range(1 + turns):
-        jobs = [Job(PROMPT, TOKENS)] * count
-        requests = list(scenario.requests(jobs, scheduler.segments, config.run_ahead))
-        for number, (_, request) in enumerate(requests):
-            request.request_id, request.seed = f"{turn}/{number}", turn * count + number
-        passes = while_all_decode(cell.engine, requests, count)
+        passes = while_all_decode(cell.engine, requests[turn * count :][:count], count)
         cell.history += passes if turn else []
     return cell
 

@@ -185,11 +185,14 @@ class Ahead(NamedTuple):
     """A token that stands on others which may turn out wrong, or that may be wrong itself.
 
     With a `record` it is decided, as soon as what it stands on is. Without, an exit point said it, not being sure.
+    When it was taken, it stood on `open_rows`, itself included, and the product of their chances was `chance`.
     """
 
     record: TokenRecord | None
     exit_index: int
     confidence: float
+    open_rows: int = 0
+    chance: float = 1.0
 
 
 @dataclass(eq=False)

@@ -82,6 +82,30 @@ class Acceptance:
         }
 
 
+class Compounding:
+    """How likely a row is right that stands on several tentative tokens, given the product of their chances.
+
+    Errors of these chances compound in the product, and tokens of one text don't fail independently. So what became of
+    such rows is learnt apart, by the number of tokens: the share that was right, over the product's mean.
+
+    Args:
+        most: tokens that a row may stand on.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._right, self._expected = [PRIOR_WEIGHT] * (most + 1), [PRIOR_WEIGHT] * (most + 1)
+
+    def chance(self, open_rows: int, product: float) -> float:
+        """Of a row that stands on so many tokens, whose chances have this product; 1 on none."""
+        return min(1.0, product * self._right[open_rows] / self._expected[open_rows]) if open_rows else 1.0
+
+    def observe(self, open_rows: int, product: float, right: bool) -> None:
+        """It is known what became of a row."""
+        fade = math.exp(-1.0 / MEMORY)
+        self._right[open_rows] = self._right[open_rows] * fade + right
+        self._expected[open_rows] = self._expected[open_rows] * fade + product
+
+
 def isotonic(values: FloatArray, weights: FloatArray) -> FloatArray:
     """The non-decreasing values nearest to these in weighted squares."""
     blocks: list[tuple[float, float, int]] = []

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from drex.control.acceptance import Acceptance
+from drex.control.acceptance import Acceptance, Compounding
 from drex.control.placement import Placement
 from drex.control.seats import Seats
 from drex.request import Ahead, Request, TokenRecord
@@ -29,13 +29,14 @@ class Drafts:
         most: open rows that a request may have.
 
     Attributes:
-        acceptance: of tentative tokens, learnt.
+        acceptance: of tentative tokens, learnt; compounding: of those that stand on several, likewise.
         drafted: tokens taken tentatively; rolled_back: tokens taken back, held ones included.
     """
 
     def __init__(self, seats: Seats, placement: Placement, most: int) -> None:
         self.seats, self.placement, self.most = seats, placement, most
         self.acceptance = Acceptance(seats.segments - 1)
+        self.compounding = Compounding(most)
         self.drafted = self.rolled_back = 0
 
     def go_on(self, request: Request, position: int, token: int, exit_index: int, confidence: float) -> None:
@@ -69,6 +70,8 @@ class Drafts:
                 request.ahead[at] = entry._replace(record=record)
             return True
         self.rolled_back += len(request.ahead) - at
+        for each in request.ahead[at:]:
+            self.compounding.observe(each.open_rows, each.chance, False)
         del request.ahead[at:], request.context[position + 1 :]
         self.placement.roll_back(seat, position + 1)
         self.seats.reached[0, seat] = position + 1
@@ -79,7 +82,8 @@ class Drafts:
         """Take over what stands on nothing open any more; returns how many tokens. A token may end the request."""
         settled = 0
         while request.ahead and (record := request.ahead[0].record) is not None:
-            del request.ahead[0]
+            first = request.ahead.pop(0)
+            self.compounding.observe(first.open_rows, first.chance, True)
             request.take(record)
             settled += 1
             if request.ending(record.token_id, request.num_output) is not None:
@@ -105,11 +109,16 @@ class Drafts:
         seats.token[seat, len(request.context) - 1] = token
         seats.reached[0, seat] += 1
         seats.ended[seat] = number >= request.max_tokens or request.ends(token, number)
-        self._weigh(request)
+        open_rows, chance = self._weigh(request)
+        request.ahead[-1] = entry._replace(open_rows=open_rows, chance=chance)
 
-    def _weigh(self, request: Request) -> None:
-        """How likely the request's next row is to be of use: all that it stands on must be right."""
+    def _weigh(self, request: Request) -> tuple[int, float]:
+        """How likely the request's next row is to be of use: all that it stands on must be right.
+
+        Returns how many open rows that is, and the product of their chances.
+        """
         open_rows = [entry for entry in request.ahead if entry.record is None]
-        self.seats.chance[request.seat] = math.prod(
-            self.acceptance.chance(entry.exit_index, entry.confidence) for entry in open_rows
-        )
+        count = len(open_rows)
+        chance = math.prod(self.acceptance.chance(entry.exit_index, entry.confidence) for entry in open_rows)
+        self.seats.chance[request.seat] = self.compounding.chance(count, chance)
+        return count, chance

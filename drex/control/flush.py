@@ -96,6 +96,8 @@ class FlushRule:
         # How many of the ready rows may start: any few, or as many as fill a step of the cost.
         self._sizes = np.concatenate((np.arange(FEW), np.arange(FEW, most + 1, 8)))
         self._tokens = self._seconds = 0.0
+        # Tokens earned, and those that full depth would have earned meanwhile.
+        self._gain = (0.0, 0.0)
         self._checked = (0.0, 0.0, 0)
         self._ahead = self._lossless = False
         self._context, self._refreshed = 0.0, -1
@@ -118,6 +120,17 @@ class FlushRule:
     def achieved(self) -> float | None:
         """The moving average of tokens a second while decoding; None before any."""
         return self._tokens / self._seconds if self._seconds else None
+
+    @property
+    def earning_ahead(self) -> float:
+        """θ under run-ahead, which nothing solves for: the moving average of the gain on full depth, at this load.
+
+        Not of the rate, which lags behind requests that come and go. Trusted run-ahead never has to earn less than what
+        is solved without; lossless run-ahead may.
+        """
+        earned, full = self._gain
+        gained = earned / full * self._full_rate() if full else 0.0
+        return gained if self._lossless else max(self.earning, gained)
 
     @property
     def promises(self) -> float | None:
@@ -143,6 +156,8 @@ class FlushRule:
         """Count a pass: tokens decided, what it took, and whether exits were checked at the time."""
         fade = math.exp(-1.0 / EARNING_MEMORY)
         self._tokens, self._seconds = self._tokens * fade + tokens, self._seconds * fade + seconds
+        earned, full = self._gain
+        self._gain = earned * fade + tokens, full * fade + seconds * self._full_rate()
         if checked:
             earned, took, passes = self._checked
             self._checked = earned * fade + tokens, took * fade + seconds, passes + 1
@@ -165,6 +180,7 @@ class FlushRule:
             count = np.array([float(max(1, decoding))])
             seconds = float(self.cost.full_depth(count, context)[0])
             self._tokens, self._seconds = float(count[0]), seconds
+            self._gain = self._tokens, self._tokens
         if self.rates.known:
             self.outlook.tick(pass_number, decoding, self.rates.all(), context)
 
@@ -205,6 +221,11 @@ class FlushRule:
     def full_step(self, decoding: int) -> float:
         """What a token takes at full depth with so many decoding, as of the last refresh."""
         return float(self._full[min(decoding, len(self._full) - 1)])
+
+    def _full_rate(self) -> float:
+        """Tokens a second at full depth at this load."""
+        decoding = max(1, self._decoding)
+        return decoding / self.full_step(decoding)
 
     def choose(self, waiting: Waiting) -> tuple[int, int] | None:
         """The segment to run, and how many of the ready rows where that is 0; None if nothing waits anywhere."""
@@ -253,7 +274,5 @@ class FlushRule:
             whole = not held and any(waiting.live[deeper + 1 :])
             flush = self.seconds(deeper, live if whole else max(1.0, held) + live, owed + fills + rows - live)
             seconds = seconds + (flush if whole else flush - flush[0])
-        # Under run-ahead more may be earned than what is solved without.
-        ahead = 0.0 if waiting.chances is None else self.achieved or 0.0
-        worth: FloatArray = rows - max(self.earning, ahead) * seconds
+        worth: FloatArray = rows - (self.earning if waiting.chances is None else self.earning_ahead) * seconds
         return worth[1:]

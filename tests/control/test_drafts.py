@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drex.config import EngineConfig, policy_settings
-from drex.control.acceptance import Acceptance, isotonic
+from drex.control.acceptance import Acceptance, Compounding, isotonic
 from drex.control.cost import CostModel
 from drex.control.flush import ExitRates, FlushRule, Waiting
 from drex.control.plan import Pass, PassResult
@@ -71,8 +71,10 @@ class Speaker(Machine):
     segments = 2
 
 
-def asked(number: int, prompt: int, max_tokens: int, segments: int, mode: str) -> Request:
-    each = request(number, prompt, max_tokens, segments, eos=frozenset({EOS}))
+def asked(
+    number: int, prompt: int, max_tokens: int, segments: int, mode: str, eos: frozenset[int] = frozenset({EOS})
+) -> Request:
+    each = request(number, prompt, max_tokens, segments, eos=eos)
     each.run_ahead = mode
     return each
 
@@ -201,14 +203,49 @@ def test_acceptance_forgets() -> None:
     assert acceptance.chance(0, 0.9) < 0.1
 
 
+def test_what_becomes_of_rows_on_several_tokens_makes_up_for_chances_that_are_wrong() -> None:
+    compounding, draw = Compounding(4), random.Random(1)
+    assert [compounding.chance(count, 0.3) for count in range(5)] == [1.0] + [0.3] * 4
+    # Each of their tokens is right half the time, and is given .7.
+    for _ in range(4000):
+        count = draw.randint(1, 3)
+        compounding.observe(count, 0.7**count, draw.random() < 0.5**count)
+    for count in range(1, 4):
+        assert compounding.chance(count, 0.7**count) == pytest.approx(0.5**count, abs=0.05)
+    # Nobody stood on four.
+    assert compounding.chance(4, 0.5) == 0.5
+    for _ in range(4000):
+        compounding.observe(1, 0.5, True)
+    assert compounding.chance(1, 0.6) == 1.0
+
+
+@pytest.mark.parametrize("mode", ["trusted", "lossless"])
+def test_rows_that_stand_on_others_are_as_often_right_as_they_are_said_to_be(mode: str) -> None:
+    scheduler = make_scheduler(EngineConfig(1024, 4, 64, 8000, max_wait_passes=100), SlotLayout((2, 2)), "recompute")
+    machine = Speaker(0.0)
+    for number in range(12):
+        scheduler.add(asked(number, 4, 600, 2, mode, eos=frozenset()), 0.0)
+    said: list[tuple[float, bool]] = []
+    observe = scheduler.drafts.compounding.observe
+
+    def told(open_rows: int, product: float, right: bool) -> None:
+        said.append((scheduler.drafts.compounding.chance(open_rows, product), right))
+        observe(open_rows, product, right)
+
+    scheduler.drafts.compounding.observe = told  # type: ignore[method-assign]
+    drain(scheduler, machine)
+    chances, right = np.array(said[len(said) // 2 :]).T
+    assert len(chances) > 500
+    assert chances.mean() == pytest.approx(right.mean(), abs=0.04)
+
+
 # The rule
 
 
 def test_rows_are_started_from_the_surest_down_to_where_they_do_not_pay() -> None:
     cost = CostModel(profile("linear", 1.0, 1.0))
     rule = FlushRule(cost, ExitRates(1), "recompute", 200)
-    for _ in range(200):
-        rule.observe(8, float(cost.full_depth(np.array([8.0]), 0.0)[0]))
+    rule.tick(0, 8, 0.0, ahead=True)
     live, fills = [0, 4], [0, 0]
     started = [rule.choose(Waiting(8, live, fills, np.array([1.0] * n + [0.01] * (8 - n)))) for n in (8, 6)]
     assert started == [(0, 8), (0, 6)]

@@ -190,6 +190,28 @@ def test_once_the_present_load_is_solved_its_optimum_is_what_a_second_is_worth()
     assert rule.earning != pytest.approx(optimal)
 
 
+def test_under_run_ahead_the_gain_on_full_depth_is_kept_when_requests_come_and_go() -> None:
+    made = profile("weight_bound", 1.0, 1.0)
+    rule = rule_for(made, [0.5], "recompute")
+    rule.tick(0, 4, CONTEXT, ahead=True)
+    full = 4 / rule.full_step(4)
+    assert rule.earning_ahead == pytest.approx(full)
+    for _ in range(round(6 * EARNING_MEMORY)):
+        rule.observe(6, 4 / full)
+    assert rule.earning_ahead == pytest.approx(1.5 * full, rel=0.01)
+    rule.tick(1, 16, CONTEXT, ahead=True)
+    assert rule.earning_ahead == pytest.approx(1.5 * 16 / rule.full_step(16), rel=0.01)
+
+
+def test_only_lossless_run_ahead_may_earn_less_than_what_is_solved_without() -> None:
+    rule = rule_for(profile("weight_bound", 1.0, 1.0), [0.8], "recompute")
+    for lossless in (False, True):
+        rule.tick(0, 16, CONTEXT, ahead=True, lossless=lossless)
+        rule.tick(DELAY, 16, CONTEXT, ahead=True, lossless=lossless)
+        assert rule.earning > 1.1 * 16 / rule.full_step(16)
+        assert rule.earning_ahead == pytest.approx(16 / rule.full_step(16) if lossless else rule.earning)
+
+
 def test_while_contexts_grow_the_solved_gain_on_full_depth_is_kept() -> None:
     rule = rule_for(profile("linear", 1.0, 1.0), [0.5], "recompute")
     rule.tick(0, 6, CONTEXT)
