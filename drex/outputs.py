@@ -61,7 +61,7 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenOutput | None, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chunk:
     """A piece of a streamed sample: new text and tokens; `finish_reason`, and `error` if there was one, on the last.
 

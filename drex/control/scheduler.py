@@ -166,7 +166,7 @@ class Scheduler:
     # What a pass brought
 
     def commit(self, done: Pass, result: PassResult, now: float) -> None:
-        """Take in a result: frontiers move, and who is done leaves. `record` is to follow, but not before `next`."""
+        """Take in a result: frontiers move, and who is done leaves. The next pass may be planned before `record`."""
         work, seats = self._outstanding[done.number], self.seats
         seats.idle[work.spans] = True
         if result.verdicts is None:

@@ -74,6 +74,8 @@ class Detokenizer:
 
     def show(self, finished: bool) -> str:
         """Text not shown before and safe to show: without a tail that could still become a stop string."""
+        if self._stream is None:
+            return ""
         end = len(self.text)
         if self._stop and not finished:
             end -= max(self._overlap(stop) for stop in self._stop)
