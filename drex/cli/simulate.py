@@ -13,7 +13,7 @@ import typer
 from drex.cli.common import EXIT_LAYERS_HELP, ThresholdsOption, parse_floats, parse_ints
 
 YOUNG_OBJECTS = 20_000
-"""Between two collections of them: a run makes no cycles, and looking for some at every 700 took a tenth of its time."""
+"""Between two collections of them: a run makes no cycles, and looking for some at every 700 took a tenth of it."""
 
 
 def simulate(
