@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from run_ahead import recorded
 
-from drex.bench import machine
 from drex.bench.runner import Cell, while_all_decode
+from drex.bench.versions import versions
 from drex.bench.yardsticks import yardstick
 from drex.config import EngineConfig, policy_settings
 from drex.control.acceptance import Acceptance
@@ -141,7 +141,7 @@ def main() -> None:
     """Run, print, write."""
     options = arguments()
     source = recorded(options.trace_tokens)
-    report: dict[str, Any] = {"benchmark": "simulated", **machine.versions(), "options": {}, "shapes": {}, "search": []}
+    report: dict[str, Any] = {"benchmark": "simulated", **versions(), "options": {}, "shapes": {}, "search": []}
     report["options"] = {name: str(value) for name, value in vars(options).items()}
     for number, name in enumerate(options.shapes.split(",")):
         shape = SHAPES[name]

@@ -28,3 +28,11 @@ def test_control_works_with_torch_absent() -> None:
 def test_public_settings_import_with_torch_absent() -> None:
     code = "from drex import EarlyExit, RequestOutput, SamplingParams; import drex.control.scheduler"
     subprocess.run([sys.executable, "-c", BLOCKED + code], check=True, timeout=60)
+
+
+def test_the_simulator_runs_with_torch_absent() -> None:
+    words = ["drex", "simulate", "--requests", "8", "--in-flight", "4"]
+    code = f"sys.argv = {words!r}; from drex.cli.main import app; app()"
+    done = subprocess.run([sys.executable, "-c", BLOCKED + code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "drex" in done.stdout

@@ -10,7 +10,7 @@ from typing import Any
 
 from drex.bench.load import Target, arrive, characters_per_token, connect, drive, find_model
 from drex.bench.load_report import summarise
-from drex.bench.machine import versions
+from drex.bench.versions import versions
 from drex.sim.workload import Job, draw_jobs, read_trace
 
 PROMPT_TOKENS = (16, 64)

@@ -56,8 +56,8 @@ def simulate(
     from rich.console import Console
 
     from drex.bench.html import render
-    from drex.bench.machine import versions
     from drex.bench.table import show
+    from drex.bench.versions import versions
     from drex.config import EngineConfig, per_exit
     from drex.control.profile import load_profile
     from drex.request import SamplingParams
