@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,6 +31,19 @@ RunAheadOption = Annotated[
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
+RateOption = Annotated[float | None, typer.Option("--rate", help="Open loop: Poisson arrivals a second.")]
+TraceOption = Annotated[
+    Path | None, typer.Option("--trace", help="Open loop: arrivals and lengths of a recorded trace.")
+]
+TraceScaleOption = Annotated[float, typer.Option("--trace-scale", help="Factor on the trace's lengths.")]
+TraceSpeedOption = Annotated[float, typer.Option("--trace-speed", help="Factor on the trace's rate of arrivals.")]
+TpotOption = Annotated[float | None, typer.Option("--tpot-ms", help="Target of every request: mean time a token.")]
+MaxSlowdownOption = Annotated[
+    float | None, typer.Option("--max-slowdown", help="Bound on time against full depth, as a factor.")
+]
+AdaptiveOption = Annotated[bool, typer.Option("--adaptive", help="Stop checking exits while that does not pay.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the report here.")]
+HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write the report as a page with charts.")]
 
 
 def early_exit_from(

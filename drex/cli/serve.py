@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from drex.cli.common import (
+    AdaptiveOption,
     CriterionOption,
     DeviceOption,
     DtypeOption,
     ExitsOption,
     KvFillOption,
+    MaxSlowdownOption,
     PolicyOption,
     RunAheadOption,
     ThresholdsOption,
@@ -58,8 +60,8 @@ def serve(
     full_depth: Annotated[bool, typer.Option("--full-depth", help="No early exit.")] = False,
     policy: PolicyOption = "drex",
     run_ahead: RunAheadOption = "trusted",
-    max_slowdown: Annotated[float | None, typer.Option(help="Bound on time against full depth, as a factor.")] = None,
-    adaptive: Annotated[bool, typer.Option("--adaptive", help="Stop checking exits while that does not pay.")] = False,
+    max_slowdown: MaxSlowdownOption = None,
+    adaptive: AdaptiveOption = False,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, where it is not beside the model.")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file, instead of the model's template.")] = None,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; with more, 429.")] = 1024,

@@ -10,7 +10,21 @@ from typing import Annotated
 
 import typer
 
-from drex.cli.common import EXIT_LAYERS_HELP, ThresholdsOption, parse_floats, parse_ints
+from drex.cli.common import (
+    EXIT_LAYERS_HELP,
+    AdaptiveOption,
+    HtmlOption,
+    JsonOption,
+    MaxSlowdownOption,
+    RateOption,
+    ThresholdsOption,
+    TpotOption,
+    TraceOption,
+    TraceScaleOption,
+    TraceSpeedOption,
+    parse_floats,
+    parse_ints,
+)
 
 YOUNG_OBJECTS = 20_000
 """Between two collections of them: a run makes no cycles, and looking for some at every 700 took a tenth of it."""
@@ -40,17 +54,17 @@ def simulate(
     requests: Annotated[int, typer.Option(help="Of each run.")] = 1000,
     prompt_tokens: Annotated[int, typer.Option(help="Of each request.")] = 64,
     output_tokens: Annotated[int, typer.Option(help="Of each request.")] = 32,
-    rate: Annotated[float | None, typer.Option(help="Open loop: Poisson arrivals a second.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Open loop: arrivals and lengths of a recorded trace.")] = None,
-    trace_scale: Annotated[float, typer.Option(help="Factor on the trace's lengths.")] = 1.0,
-    trace_speed: Annotated[float, typer.Option(help="Factor on the trace's rate of arrivals.")] = 1.0,
-    tpot_ms: Annotated[float | None, typer.Option(help="Target of every request: mean time a token.")] = None,
-    max_slowdown: Annotated[float | None, typer.Option(help="Bound on time against full depth, as a factor.")] = None,
-    adaptive: Annotated[bool, typer.Option("--adaptive", help="Stop checking exits while that does not pay.")] = False,
+    rate: RateOption = None,
+    trace: TraceOption = None,
+    trace_scale: TraceScaleOption = 1.0,
+    trace_speed: TraceSpeedOption = 1.0,
+    tpot_ms: TpotOption = None,
+    max_slowdown: MaxSlowdownOption = None,
+    adaptive: AdaptiveOption = False,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Rows a pass may have.")] = 2048,
     seed: int = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
-    html_file: Annotated[Path | None, typer.Option("--html", help="Write the report as a page with charts.")] = None,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
 ) -> None:
     """Simulate scheduling policies: the engine's own control code, over virtual time. No weights, no GPU."""
     from rich.console import Console
