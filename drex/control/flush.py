@@ -35,7 +35,7 @@ FEW = 32
 """From so many ready rows on, only multiples of 8 are considered, and all of them."""
 EARNING_MEMORY = 128.0
 """Passes over which θ is averaged."""
-KNOWN = 32.0
+KNOWN = 128.0
 """Rows at the first exit point, the prior's included, from which on exit rates are more than a prior."""
 ENOUGH = 64
 """Passes that tell what checking exits earns."""

@@ -20,6 +20,8 @@ from drex.control.plan import BoolArray, FloatArray
 
 PROBE_EVERY = 64
 """`adaptive`: while checking exits does not pay, one pass in so many checks all the same, to notice when it would."""
+PROBE_WEIGHT = 8
+"""Its rows count so many times for exit rates: they stand for those of all passes since the last one."""
 PROBE = 16
 """Under run-ahead that many in a row: what they earn shows once buffers have filled and were flushed."""
 
@@ -101,6 +103,11 @@ class Split:
     def resting(self) -> bool:
         """Whether exits are not checked for now, because that does not pay and `adaptive` lets it matter."""
         return False
+
+    def observe(self, segment: int, rows: int, exited: int) -> None:
+        """So many decode rows were checked after a segment, and exited."""
+        weight = PROBE_WEIGHT if self.resting else 1
+        self.rates.observe(segment, weight * rows, weight * exited)
 
     def choose(self, view: View) -> Choice | None:
         """The next segment, or None if nothing is ready."""

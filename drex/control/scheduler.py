@@ -212,7 +212,7 @@ class Scheduler:
             return verdicts.exited
         said = Checks(verdicts.confidences[live], asked.evaluations.thresholds[live], verdicts.exited[live])
         allowed = self.policy.exits(segment, said)
-        self.policy.rates.observe(segment, asked.live, int(allowed.sum()))
+        self.policy.observe(segment, asked.live, int(allowed.sum()))
         return np.concatenate((allowed, verdicts.exited[asked.live :]))
 
     def _late_already(self, spans: IntArray, segment: int, now: float) -> None:

@@ -380,16 +380,16 @@ def test_without_adaptive_everything_is_checked_whatever_it_costs() -> None:
 
 def test_adaptive_checks_again_when_exits_have_begun_to_pay() -> None:
     made, count = with_dear_exit_head(0.001), 8
-    settings = EngineConfig(4096, count, 512, count * 3100, adaptive=True)
+    settings = EngineConfig(4096, count, 512, count * 2100, adaptive=True)
     scheduler = make_scheduler(settings, SlotLayout((2, 2)), "alias", made)
     for number in range(count):
-        scheduler.add(request(number, 4, 3000, 2), 0.0)
+        scheduler.add(request(number, 4, 2000, 2), 0.0)
     machine = Machine(0.0, profile=made)
     for _ in range(300):
         machine.run(scheduler)
     assert scheduler.unchecked > 0
     machine.exit_rate = 0.95
-    for _ in range(2500):
+    for _ in range(1000):
         machine.run(scheduler)
     before = scheduler.unchecked
     for _ in range(200):
