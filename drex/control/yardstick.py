@@ -121,13 +121,14 @@ def _owed(requests: FloatArray, rate: float) -> tuple[FloatArray, FloatArray]:
     """Counts of owed fills that matter, and how likely each is, by whole numbers of requests. Shapes (n, POINTS)."""
     mean = requests * rate / (1 - rate)
     spread = (mean / (1 - rate)) ** 0.5
-    low = np.floor(np.maximum(0.0, mean - TAIL * spread))
+    low = np.floor(np.clip(mean - TAIL * spread, 0.0, MOST_FILLS))
+    high = np.minimum(mean + (TAIL + 3) * spread + 3, MOST_FILLS)
     # Each stands for an odd number of them, of which it is the middle.
-    around = np.ceil(np.maximum(0.0, (mean + (TAIL + 3) * spread + 3 - low) / (POINTS - 1) - 1) / 2)
-    fills = (low + around)[:, None] + (2 * around + 1)[:, None] * np.arange(POINTS)
+    around = np.ceil(np.maximum(0.0, (high - low) / (POINTS - 1) - 1) / 2)
+    fills = np.minimum((low + around)[:, None] + (2 * around + 1)[:, None] * np.arange(POINTS), MOST_FILLS)
     # A negative binomial, by logarithms of factorials; no request owes nothing.
     known = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, fills.max() + requests.max() + 1)))))
     others = np.maximum(0.0, requests[:, None] - 1)
     logs = known[(fills + others).astype(np.int64)] - known[fills.astype(np.int64)] + fills * np.log(rate)
     weights = np.exp(logs - logs.max(-1, keepdims=True))
-    return np.minimum(fills, MOST_FILLS), weights / weights.sum(-1, keepdims=True)
+    return fills, weights / weights.sum(-1, keepdims=True)

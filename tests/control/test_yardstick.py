@@ -22,7 +22,7 @@ from markov import (
 from drex.control.cost import CostModel
 from drex.control.plan import FloatArray
 from drex.control.solver import solve_one_exit, solve_two_exits
-from drex.control.yardstick import MOST_EXACT_TWO, mean_pass_seconds, measure
+from drex.control.yardstick import MOST_EXACT_TWO, MOST_FILLS, mean_pass_seconds, measure
 
 CONTEXT = 64.0
 FILLS = ("recompute", "project", "alias", "mask")
@@ -219,6 +219,17 @@ def test_a_flush_takes_its_expectation_over_the_sum_of_geometrics(
             chances = sum_of_geometrics(int(rows), earlier, len(fills) - 1)
             assert chances.sum() == pytest.approx(1, abs=1e-6)
             assert seconds == pytest.approx(float(each @ chances), rel=1e-4)
+
+
+@pytest.mark.parametrize("fill", ["recompute", "project"])
+@pytest.mark.parametrize("rate", [0.999, 1 - 1e-9, 1.0])
+def test_where_all_exit_no_more_is_owed_than_an_engine_would_let_be(rate: float, fill: str) -> None:
+    cost, live = CostModel(profile("linear", 1.0, 1.0)), np.array([0.0, 1.0, 64.0, 256.0])
+    found = mean_pass_seconds(cost, 1, (rate,), live, CONTEXT, fill)
+    most = cost.decode(1, live[1:], np.full(3, float(MOST_FILLS)), CONTEXT, runs=fill == "recompute")
+    assert (found[1:] <= most * (1 + 1e-9)).all()
+    assert found[-1] == pytest.approx(most[-1])
+    assert measure(cost, (rate,), 64, CONTEXT, fill).optimal is not None
 
 
 def test_the_expectation_is_that_of_a_simulation() -> None:
