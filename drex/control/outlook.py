@@ -18,7 +18,7 @@ DELAY = 16
 """Passes between asking and using."""
 LIFETIME = 256
 """Passes after which it is solved again, if nothing calls for that before."""
-LOAD_MOVED, RATES_MOVED = 0.25, 0.05
+LOAD_MOVED, RATES_MOVED = 0.25, 0.1
 """What calls for it: requests that decode have changed by such a share, or an exit rate by so much."""
 
 

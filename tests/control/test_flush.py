@@ -316,9 +316,9 @@ def test_it_is_solved_again_when_exit_rates_have_changed() -> None:
     ahead = outlook(2)
     found = []
     for number in range(2 * DELAY + 12):
-        ahead.tick(number, 8, (0.4 if number < DELAY + 5 else 0.44 if number < DELAY + 10 else 0.6,), CONTEXT)
+        ahead.tick(number, 8, (0.4 if number < DELAY + 5 else 0.48 if number < DELAY + 10 else 0.6,), CONTEXT)
         found.append(ahead.yardstick)
-    # From .4 to .44 is too little; .6 is asked for at once, and here when it has been waited for.
+    # From .4 to .48 is too little; .6 is asked for at once, and here when it has been waited for.
     assert found[DELAY - 1] is None
     assert found[DELAY] is found[2 * DELAY + 9]
     assert found[2 * DELAY + 10] is not found[DELAY]
