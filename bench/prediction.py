@@ -75,6 +75,7 @@ def main() -> None:
             measured = statistics.median(cell.speeds[1:])
             said = predicted(subject, policy, count, work, options.repeats + 1)
             found.append({"in_flight": count, "policy": policy, "measured": measured, "predicted": said})
+            console.print(f"{policy}, {count} in flight: measured {measured:.1f}, predicted {said:.1f}", style="dim")
             table.add_row(str(count), policy, f"{measured:.1f}", f"{said:.1f}", f"{said / measured - 1:+.1%}")
     console.print(table)
     if options.json:
