@@ -65,7 +65,8 @@ class RequestOutput:
 class Chunk:
     """A piece of a streamed sample: new text and tokens; `finish_reason`, and `error` if there was one, on the last.
 
-    `prompt_index` counts the prompts of the call, `index` the samples of a prompt.
+    `prompt_index` counts the prompts of the call, `index` the samples of a prompt. Not frozen: there is one a token,
+    and freezing makes each dearer.
     """
 
     index: int

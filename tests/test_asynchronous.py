@@ -109,3 +109,22 @@ def test_aborts_at_any_moment_free_everything_and_leave_the_others_as_they_were(
         if request.request_id in done and number % 4 != 1:
             expected = alone.generate([PROMPTS[number % 5]], PARAMS[number % 4])[0].outputs[0]
             assert done[request.request_id].token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("at", [2, 5, 9])
+def test_an_interruption_while_the_next_pass_is_started_leaves_an_engine_that_serves(models, monkeypatch, at):
+    llm = engine(models["llama"], asynchronous=True)
+    expected = told(llm.generate(PROMPTS, PARAMS))
+    calls, submit = itertools.count(), llm.engine.executor.submit
+
+    def interrupted(batch):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        submit(batch)
+
+    monkeypatch.setattr(llm.engine.executor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, PARAMS)
+    assert drained(llm)
+    assert not llm.engine.scheduler._outstanding
+    assert told(llm.generate(PROMPTS, PARAMS)) == expected

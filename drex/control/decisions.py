@@ -40,7 +40,7 @@ class Decided(NamedTuple):
 
     Attributes:
         asked, verdicts: of the pass; depth: segments executed.
-        numbers: which of the evaluations. Shape (rows,).
+        numbers, positions: which of the evaluations, and where in the requests. Shape (rows,).
         requests: theirs.
         passed: what the exit points so far said of each, NaN where they weren't asked. (rows, exit points passed).
     """
@@ -49,6 +49,7 @@ class Decided(NamedTuple):
     verdicts: Verdicts
     depth: int
     numbers: IntArray
+    positions: IntArray
     requests: list[Request]
     passed: FloatArray
 
@@ -182,8 +183,7 @@ class Decisions:
 
     def record(self, decided: Decided) -> None:
         """Write what was decided into the requests."""
-        positions = decided.asked.evaluations.positions[decided.numbers].tolist()
-        columns = decided.numbers.tolist(), decided.requests, positions, self._records(decided)
+        columns = decided.numbers.tolist(), decided.requests, decided.positions.tolist(), self._records(decided)
         for number, request, position, record in zip(*columns, strict=True):
             if number < decided.asked.live:
                 request.take(record)
@@ -227,7 +227,7 @@ class Decisions:
         """Some evaluations, with what the columns know of them now."""
         of, positions = asked.seats[numbers], asked.evaluations.positions[numbers]
         passed = self.seats.confidence[:depth, of, positions].T
-        return Decided(asked, verdicts, depth, numbers, self.seats.requests[of].tolist(), passed)
+        return Decided(asked, verdicts, depth, numbers, positions, self.seats.requests[of].tolist(), passed)
 
     @staticmethod
     def _records(decided: Decided) -> list[TokenRecord]:
@@ -236,7 +236,7 @@ class Decisions:
         columns = (
             numbers.tolist(),
             decided.requests,
-            asked.evaluations.positions[numbers].tolist(),
+            decided.positions.tolist(),
             verdicts.tokens[numbers].tolist(),
             verdicts.logprobs[numbers].tolist(),
             verdicts.confidences[numbers].tolist(),

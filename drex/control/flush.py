@@ -36,7 +36,7 @@ FEW = 32
 EARNING_MEMORY = 128.0
 """Passes over which θ is averaged."""
 KNOWN = 128.0
-"""Rows at the first exit point, the prior's included, from which on exit rates are more than a prior."""
+"""Rows at an exit point, the prior's included, from which on exit rates are more than a prior."""
 ENOUGH = 64
 """Passes that tell what checking exits earns."""
 
@@ -59,8 +59,8 @@ class ExitRates:
 
     @property
     def known(self) -> bool:
-        """Whether so many were seen that it is worth solving anything with them."""
-        return not self._seen or self._seen[0] >= KNOWN
+        """Whether so many were seen that it is worth solving anything with them. Requests may not use all exits."""
+        return max(self._seen, default=KNOWN) >= KNOWN
 
     def all(self) -> tuple[float, ...]:
         """At each exit point."""

@@ -183,6 +183,12 @@ class Scheduler:
         self._write(work)
         return work.touched
 
+    def forget(self, done: Pass) -> list[Request]:
+        """As `record`, of a committed pass that nothing is to be learnt from: `took` is not called."""
+        touched = self.record(done)
+        del self._outstanding[done.number]
+        return touched
+
     def _write(self, work: Work) -> None:
         """Write it, unless that is done."""
         if work.unwritten is not None:

@@ -138,7 +138,7 @@ class Seats:
         self.reached[:, seat] = self.prompt[seat] = self.settled[seat] = 0
         self.drafting[seat] = self.lossless[seat] = False
         self.due[seat] = self.pace[seat] = np.inf
-        self.scored[seat] = self.patient[seat] = False
+        self.decaying[seat] = self.scored[seat] = self.patient[seat] = False
         self.fewest[seat] = 0
         heapq.heappush(self._empty, seat)
 

@@ -191,7 +191,7 @@ class Engine:
 
     def _forget(self, batch: Pass) -> None:
         """Nobody will hear of those that ended with a pass."""
-        for request in self.scheduler.record(batch):
+        for request in self.scheduler.forget(batch):
             if request.finish_reason is not None:
                 self._samples.pop(request.request_id, None)
 

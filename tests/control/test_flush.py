@@ -324,14 +324,16 @@ def test_it_is_solved_again_when_exit_rates_have_changed() -> None:
     assert found[2 * DELAY + 10] is not found[DELAY]
 
 
-def test_nothing_is_solved_from_a_prior_alone() -> None:
-    rates = ExitRates(1)
-    rule = FlushRule(CostModel(profile("linear", 1.0, 1.0)), rates, "recompute", 200)
+@pytest.mark.parametrize("exits", [1, 2])
+def test_nothing_is_solved_from_a_prior_alone(exits: int) -> None:
+    rates = ExitRates(exits)
+    rule = FlushRule(CostModel(profile("linear", *[1.0] * (exits + 1))), rates, "recompute", 200)
     for number in range(2 * DELAY):
         rule.tick(number, 8, CONTEXT)
     assert rule.outlook.yardstick is None
     assert rule.pays is None
-    rates.observe(0, round(2 * KNOWN), round(KNOWN))
+    # Requests may use the last exit only.
+    rates.observe(exits - 1, round(2 * KNOWN), round(KNOWN))
     for number in range(2 * DELAY, 4 * DELAY):
         rule.tick(number, 8, CONTEXT)
     assert rule.outlook.yardstick is not None
