@@ -110,7 +110,8 @@ class _Look:
         cost = CostModel(llm.profile.with_exits(kept))
         gains: dict[int, float | None] = {}
         for count in self._in_flight:
-            found = measure(cost, rates, count, self._context, llm.model.exits.kv_fill)
+            owed = llm.config.max_fill_rows
+            found = measure(cost, rates, count, self._context, llm.model.exits.kv_fill, most_owed=owed)
             gains[count] = None if found.optimal is None else found.optimal / found.full
         ratio = sum(each.loss for each in scored) / len(scored) / self._loss
         return Outcome(threshold, tuple(exits), rates, sum(same) / len(same), ratio, gains)

@@ -27,7 +27,7 @@ class Found:
     Attributes:
         full: measured at full depth where that policy ran, else from the costs of the segments. Tokens a second.
         optimal, ideal: tokens a second.
-        cost, exit_rates, context: what they were solved from.
+        cost, exit_rates, context, kv_fill, most_owed: what they were solved from.
     """
 
     full: float
@@ -37,10 +37,11 @@ class Found:
     exit_rates: tuple[float, ...]
     context: float
     kv_fill: str
+    most_owed: int
 
     def at(self, in_flight: int) -> Yardstick:
         """Solved for another count."""
-        return measure(self.cost, self.exit_rates, in_flight, self.context, self.kv_fill)
+        return measure(self.cost, self.exit_rates, in_flight, self.context, self.kv_fill, most_owed=self.most_owed)
 
 
 def yardstick(cells: Sequence[Cell]) -> Found | None:
@@ -56,10 +57,10 @@ def yardstick(cells: Sequence[Cell]) -> Found | None:
     rates = _exit_rates(with_exits, scheduler.segments - 1)
     shallow = [record.load for record in seen if record.segment == 0]
     context = sum(load.entries for load in shallow) / max(1, sum(load.spans for load in shallow))
-    kv_fill = scheduler.placement.kv_fill
-    solved = measure(cost, rates, first.in_flight, context, kv_fill)
+    kv_fill, most_owed = scheduler.placement.kv_fill, scheduler.config.max_fill_rows
+    solved = measure(cost, rates, first.in_flight, context, kv_fill, most_owed=most_owed)
     full = next((_full_rate(cell) for cell in cells if cell.policy == "full"), None)
-    return Found(full or solved.full, solved.optimal, solved.ideal, cost, rates, context, kv_fill)
+    return Found(full or solved.full, solved.optimal, solved.ideal, cost, rates, context, kv_fill, most_owed)
 
 
 def _full_rate(cell: Cell) -> float | None:

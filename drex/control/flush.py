@@ -24,6 +24,7 @@ import numpy as np
 from drex.control.cost import CostModel
 from drex.control.outlook import Outlook
 from drex.control.plan import FloatArray
+from drex.control.yardstick import MOST_OWED
 
 PRIOR_RATE, PRIOR_WEIGHT = 0.5, 8.0
 """Before anything was seen, as if this share of so many rows had exited."""
@@ -88,9 +89,10 @@ class FlushRule:
         rates: of exits.
         kv_fill: what the layers that a token skipped cost later.
         most: rows of a pass that are told apart; beyond, costs are those of so many.
+        most_owed: fills that the engine lets be owed.
     """
 
-    def __init__(self, cost: CostModel, rates: ExitRates, kv_fill: str, most: int) -> None:
+    def __init__(self, cost: CostModel, rates: ExitRates, kv_fill: str, most: int, most_owed: int = MOST_OWED) -> None:
         self.cost, self.rates, self.kv_fill = cost, rates, kv_fill
         self.counts = np.arange(most + 1, dtype=np.float64)
         # How many of the ready rows may start: any few, or as many as fill a step of the cost.
@@ -102,7 +104,7 @@ class FlushRule:
         self._ahead = self._lossless = False
         self._context, self._refreshed = 0.0, -1
         self._decoding = 0
-        self.outlook = Outlook(cost, kv_fill)
+        self.outlook = Outlook(cost, kv_fill, most_owed)
         self._refresh()
 
     @property

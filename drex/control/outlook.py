@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from drex.control.cost import CostModel
-from drex.control.yardstick import Yardstick, measure
+from drex.control.yardstick import MOST_OWED, Yardstick, measure
 
 GRAIN = 32
 """Requests that two exit points are solved for; more are counted in units of several, which costs some 0.1 %."""
@@ -28,10 +28,11 @@ class Outlook:
     Args:
         cost: of passes.
         kv_fill: what the layers that a token skipped cost later.
+        most_owed: fills that the engine lets be owed.
     """
 
-    def __init__(self, cost: CostModel, kv_fill: str) -> None:
-        self._cost, self._kv_fill = cost, kv_fill
+    def __init__(self, cost: CostModel, kv_fill: str, most_owed: int = MOST_OWED) -> None:
+        self._cost, self._kv_fill, self._most_owed = cost, kv_fill, most_owed
         self._solver: ThreadPoolExecutor | None = None
         self._asked: tuple[int, Future[Yardstick]] | None = None
         self._made_for, self._made_at = 0, 0
@@ -50,8 +51,9 @@ class Outlook:
         if decoding and (moved or pass_number - self._made_at >= LIFETIME):
             self._made_for, self._made_at, self._made_with = decoding, pass_number, exit_rates
             self._solver = self._solver or ThreadPoolExecutor(1, thread_name_prefix="drex-outlook")
+            settings = {"grain": GRAIN, "most_owed": self._most_owed}
             future = self._solver.submit(
-                measure, self._cost.copy(), tuple(exit_rates), decoding, context, self._kv_fill, GRAIN
+                measure, self._cost.copy(), tuple(exit_rates), decoding, context, self._kv_fill, **settings
             )
             self._asked = pass_number + DELAY, future
 

@@ -93,7 +93,8 @@ class Split:
     def __init__(self, config: EngineConfig, cost: CostModel, kv_fill: str) -> None:
         self.config = config
         self.rates = ExitRates(cost.segments - 1)
-        self.rule = FlushRule(cost, self.rates, kv_fill, 2 * config.max_num_seqs + config.max_fill_rows)
+        most = 2 * config.max_num_seqs + config.max_fill_rows
+        self.rule = FlushRule(cost, self.rates, kv_fill, most, config.max_fill_rows)
 
     def checks_exits(self) -> bool:
         """Whether a pass over segment 0 evaluates exit heads at all; asked once for each."""

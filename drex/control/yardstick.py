@@ -13,7 +13,7 @@ import numpy as np
 
 from drex.control.cost import CostModel
 from drex.control.plan import FloatArray
-from drex.control.solver import NEARLY_ALL, OneExit, TwoExits, solve_one_exit, solve_two_exits
+from drex.control.solver import FEWEST, OneExit, TwoExits, solve_one_exit, solve_two_exits
 
 MOST_EXACT_TWO = 64
 """Largest N for which two exit points are solved: 2,145 states."""
@@ -22,7 +22,9 @@ TAIL = 7.0
 POINTS = 513
 """Counts of fills that are summed over: all of them for few requests, every so many for more."""
 MOST_FILLS = 8192
-"""Owed fills are counted up to here: an engine bounds them anyway."""
+"""From so many owed fills on only their mean counts: each one more costs the same then."""
+MOST_OWED = 256
+"""Fills that an engine lets be owed, if nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ def measure(
     in_flight: int,
     context: float,
     kv_fill: str,
+    *,
     grain: int = MOST_EXACT_TWO,
+    most_owed: int = MOST_OWED,
 ) -> Yardstick:
     """θ*, ideal and full depth.
 
@@ -77,14 +81,15 @@ def measure(
         context: mean K/V entries of a request.
         kv_fill: what the layers that a token skipped cost later.
         grain: with two exit points, more requests than this are counted in units of several: θ* is then approximate.
+        most_owed: fills that the engine lets be owed; what is more runs in passes of so many.
     """
     counts = np.arange(in_flight + 1, dtype=np.float64)
     full = in_flight / float(cost.full_depth(counts[-1:], context)[0])
-    times = [mean_pass_seconds(cost, s, exit_rates, counts, context, kv_fill) for s in range(cost.segments)]
+    times = [mean_pass_seconds(cost, s, exit_rates, counts, context, kv_fill, most_owed) for s in range(cost.segments)]
     reach, each = 1.0, 0.0
     for segment, seconds in enumerate(times):
         each += reach * float((seconds[1:] / counts[1:]).min())
-        reach *= 1.0 - exit_rates[segment] if segment < len(exit_rates) else 0.0
+        reach *= max(FEWEST, 1.0 - exit_rates[segment]) if segment < len(exit_rates) else 0.0
     optimal = full if len(times) == 1 else None
     one = two = None
     if len(times) == 2:
@@ -99,36 +104,49 @@ def measure(
 
 
 def mean_pass_seconds(
-    cost: CostModel, segment: int, exit_rates: Sequence[float], live: FloatArray, context: float, kv_fill: str
+    cost: CostModel,
+    segment: int,
+    exit_rates: Sequence[float],
+    live: FloatArray,
+    context: float,
+    kv_fill: str,
+    most_owed: int = MOST_OWED,
 ) -> FloatArray:
     """Mean seconds of a pass over `live` rows and the fills that their requests owe there; 0 for no rows.
 
     A request that waits at a segment has exited before it a geometric number of times since it last ran it. Flushing
-    together, n requests owe a sum of n of these: a negative binomial.
+    together, n requests owe a sum of n of these: a negative binomial. Of these, all but `most_owed` have been paid by
+    then, in passes of so many.
     """
-    deeper = min(NEARLY_ALL, 1.0 - float(np.prod([1.0 - rate for rate in exit_rates[:segment]])))
+    stay = float(np.prod([max(FEWEST, 1.0 - rate) for rate in exit_rates[:segment]]))
     none = np.zeros_like(live)
-    if segment == 0 or kv_fill in ("alias", "mask") or deeper <= 0.0:
+    if segment == 0 or kv_fill in ("alias", "mask") or stay == 1.0:
         out: FloatArray = cost.decode(segment, live, none, context, runs=True)
         return np.where(live > 0, out, 0.0)
-    fills, share = _owed(live, deeper)
-    seconds = cost.decode(segment, live[:, None], fills, context, runs=kv_fill == "recompute")
+    fills, share = _owed(live, stay)
+    runs = kv_fill == "recompute"
+    before = np.maximum(0.0, fills - most_owed)
+    alone = float(cost.decode(segment, np.zeros(1), np.full(1, float(most_owed)), context, runs=runs)[0])
+    seconds = cost.decode(segment, live[:, None], fills - before, context, runs=runs) + before / most_owed * alone
     out = (seconds * share).sum(-1)
     return np.where(live > 0, out, 0.0)
 
 
-def _owed(requests: FloatArray, rate: float) -> tuple[FloatArray, FloatArray]:
+def _owed(requests: FloatArray, stay: float) -> tuple[FloatArray, FloatArray]:
     """Counts of owed fills that matter, and how likely each is, by whole numbers of requests. Shapes (n, POINTS)."""
-    mean = requests * rate / (1 - rate)
-    spread = (mean / (1 - rate)) ** 0.5
-    low = np.floor(np.clip(mean - TAIL * spread, 0.0, MOST_FILLS))
-    high = np.minimum(mean + (TAIL + 3) * spread + 3, MOST_FILLS)
+    mean = requests * (1 - stay) / stay
+    spread = (mean / stay) ** 0.5
+    certain = mean > MOST_FILLS
+    low = np.where(certain, mean, np.floor(np.maximum(0.0, mean - TAIL * spread)))
+    high = np.where(certain, mean, mean + (TAIL + 3) * spread + 3)
     # Each stands for an odd number of them, of which it is the middle.
     around = np.ceil(np.maximum(0.0, (high - low) / (POINTS - 1) - 1) / 2)
-    fills = np.minimum((low + around)[:, None] + (2 * around + 1)[:, None] * np.arange(POINTS), MOST_FILLS)
+    steps = np.where(certain, 0.0, 2 * around + 1)
+    fills: FloatArray = (low + around)[:, None] + steps[:, None] * np.arange(POINTS)
     # A negative binomial, by logarithms of factorials; no request owes nothing.
-    known = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, fills.max() + requests.max() + 1)))))
+    counted = np.where(certain[:, None], 0.0, fills)
+    known = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, counted.max() + requests.max() + 1)))))
     others = np.maximum(0.0, requests[:, None] - 1)
-    logs = known[(fills + others).astype(np.int64)] - known[fills.astype(np.int64)] + fills * np.log(rate)
+    logs = known[(counted + others).astype(np.int64)] - known[counted.astype(np.int64)] + counted * np.log1p(-stay)
     weights = np.exp(logs - logs.max(-1, keepdims=True))
     return fills, weights / weights.sum(-1, keepdims=True)

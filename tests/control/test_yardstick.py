@@ -22,7 +22,7 @@ from markov import (
 from drex.control.cost import CostModel
 from drex.control.plan import FloatArray
 from drex.control.solver import solve_one_exit, solve_two_exits
-from drex.control.yardstick import MOST_EXACT_TWO, MOST_FILLS, mean_pass_seconds, measure
+from drex.control.yardstick import MOST_EXACT_TWO, mean_pass_seconds, measure
 
 CONTEXT = 64.0
 FILLS = ("recompute", "project", "alias", "mask")
@@ -222,14 +222,39 @@ def test_a_flush_takes_its_expectation_over_the_sum_of_geometrics(
 
 
 @pytest.mark.parametrize("fill", ["recompute", "project"])
-@pytest.mark.parametrize("rate", [0.999, 1 - 1e-9, 1.0])
-def test_where_all_exit_no_more_is_owed_than_an_engine_would_let_be(rate: float, fill: str) -> None:
-    cost, live = CostModel(profile("linear", 1.0, 1.0)), np.array([0.0, 1.0, 64.0, 256.0])
-    found = mean_pass_seconds(cost, 1, (rate,), live, CONTEXT, fill)
-    most = cost.decode(1, live[1:], np.full(3, float(MOST_FILLS)), CONTEXT, runs=fill == "recompute")
-    assert (found[1:] <= most * (1 + 1e-9)).all()
-    assert found[-1] == pytest.approx(most[-1])
-    assert measure(cost, (rate,), 64, CONTEXT, fill).optimal is not None
+@pytest.mark.parametrize("rate", [0.99999, 1 - 1e-9, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_where_all_exit_tokens_cost_a_shallow_pass_and_a_share_of_a_pass_that_fills(
+    shape: str, rate: float, fill: str
+) -> None:
+    cost, count, owed = CostModel(profile(shape, 1.0, 1.0)), 64, 100
+    shallow = cost.decode(0, np.array([64.0]), np.zeros(1), CONTEXT, runs=True)[0]
+    deep = cost.decode(1, np.zeros(1), np.array([100.0]), CONTEXT, runs=fill == "recompute")[0]
+    found = measure(cost, (rate,), count, CONTEXT, fill, most_owed=owed)
+    assert found.optimal == pytest.approx(1 / (shallow / count + deep / owed), rel=2e-3)
+    assert found.ideal >= found.optimal * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("fill", ["recompute", "project"])
+@pytest.mark.parametrize("rate", [0.6, 0.97])
+def test_what_is_owed_beyond_the_bound_runs_in_passes_of_so_many(rate: float, fill: str) -> None:
+    cost, runs, bound, upto = CostModel(profile("stepped", 1.0, 1.0)), fill == "recompute", 10, 3000
+    fills = np.arange(float(upto + 1))
+    before = np.maximum(0.0, fills - bound)
+    alone = cost.decode(1, np.zeros(1), np.array([float(bound)]), CONTEXT, runs=runs)[0]
+    for live in (1, 5, 12):
+        each = cost.decode(1, np.full_like(fills, live), fills - before, CONTEXT, runs=runs) + before / bound * alone
+        expected = float(each @ sum_of_geometrics(live, rate, upto))
+        found = mean_pass_seconds(cost, 1, (rate,), np.array([float(live)]), CONTEXT, fill, bound)
+        assert found[0] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("fill", ["recompute", "project"])
+def test_two_exits_that_all_take_are_solved_too(fill: str) -> None:
+    cost = CostModel(profile("weight_bound", 1.0, 1.0, 1.0))
+    found = measure(cost, (1.0, 1.0), 8, CONTEXT, fill)
+    assert found.optimal is not None
+    assert 0 < found.optimal <= found.ideal * (1 + 1e-6)
 
 
 def test_the_expectation_is_that_of_a_simulation() -> None:
@@ -348,8 +373,8 @@ def test_three_exit_points_have_an_ideal_and_no_optimum() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_two_exits_counted_in_units_have_nearly_the_same_optimum(shape: str) -> None:
     cost, rates = CostModel(profile(shape, 0.5, 0.5, 1.0)), (0.4, 0.5)
-    exact = measure(cost, rates, 48, CONTEXT, "recompute", MOST_EXACT_TWO)
-    coarse = measure(cost, rates, 48, CONTEXT, "recompute", 32)
+    exact = measure(cost, rates, 48, CONTEXT, "recompute", grain=MOST_EXACT_TWO)
+    coarse = measure(cost, rates, 48, CONTEXT, "recompute", grain=32)
     assert exact.two_exits is not None
     assert coarse.two_exits is not None
     assert exact.two_exits.units == 48
