@@ -26,7 +26,7 @@ class Asked(NamedTuple):
         evaluations: the first `live` of them of live rows, the others of scored ones.
         seats: that they are of.
         live: how many.
-        unasked: live rows that could have exited and are not asked.
+        unasked: live rows that could have exited here first and are not asked.
     """
 
     evaluations: Evaluations
@@ -79,21 +79,25 @@ class Decisions:
         owners = placed.owners
         rows = (placed.full.positions >= seats.settled[owners] - 1).nonzero()[0]
         of, positions = owners[rows], placed.full.positions[rows]
-        # Behind an open row others may be decided, and held.
-        asked, thresholds = seats.depth[of, positions] == seats.segments, np.full(len(rows), np.nan)
+        asked, thresholds = np.ones(len(rows), dtype=np.bool_), np.full(len(rows), np.nan)
+        if seats.having["drafting"]:
+            # Behind an open row others may be decided, and held.
+            asked = seats.depth[of, positions] == seats.segments
         if not final:
             thresholds = self._thresholds(segment, of, positions)
             asked &= ~np.isnan(thresholds)
-        unasked = 0 if checking else int(asked.sum())
-        asked &= checking
+        unasked = 0
+        if not checking and not final:
+            unasked = int(np.isnan(seats.threshold[:segment, of[asked]]).all(0).sum())
+            asked[:] = False
         rows, of, positions, thresholds = rows[asked], of[asked], positions[asked], thresholds[asked]
-        live, draws = len(rows), [request.draws for request in seats.requests[of].tolist()]
+        live, draws = len(rows), seats.draws[of].tolist()
         banned: dict[int, tuple[int, ...]] = {}
-        if seats.fewest.any():
+        if seats.having["fewest"]:
             early = positions + 1 - seats.prompt[of] < seats.fewest[of]
             banned = {number: seats[of[number]].banned for number in early.nonzero()[0].tolist()}
         targets: dict[int, int] = {}
-        if seats.scored[spans].any():
+        if seats.having["scored"] and seats.scored[spans].any():
             further = self._scored(segment, owners, placed.full.positions)
             targets = {live + i: target for i, (*_, target) in enumerate(further)}
             rows = np.concatenate((rows, np.array([row for row, *_ in further], dtype=np.int64)))
@@ -102,7 +106,7 @@ class Decisions:
             draws += [seats[seat].score_draws for _, seat, *_ in further]
             positions = placed.full.positions[rows]
         agreeing = np.zeros((2, len(of)), dtype=np.int64)
-        if seats.patient.any():
+        if seats.having["patient"]:
             patient = seats.patient[of]
             agreeing[:, patient] = seats.agreeing[:, of[patient], positions[patient]]
         return Asked(Evaluations(rows, positions, thresholds, draws, agreeing, banned, targets), of, live, unasked)
@@ -111,7 +115,7 @@ class Decisions:
         """Of rows that are not settled, at the exit after a segment."""
         seats = self.seats
         thresholds: FloatArray = seats.threshold[segment, owners]
-        if not seats.decaying.any():
+        if not seats.having["decaying"]:
             return thresholds
         for row in (seats.decaying[owners] & (positions >= seats.settled[owners])).nonzero()[0].tolist():
             request = seats[owners[row]]
@@ -153,7 +157,7 @@ class Decisions:
         seats, live, depth = self.seats, asked.live, segment + 1
         of, positions = asked.seats, asked.evaluations.positions
         final = depth == seats.segments
-        if seats.patient.any():
+        if seats.having["patient"]:
             seats.agreeing[:, of, positions] = verdicts.agreeing
         decided = np.ones_like(exits) if final else exits & ~seats.lossless[of]
         if not final:

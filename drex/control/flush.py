@@ -96,7 +96,7 @@ class FlushRule:
         self.cost, self.rates, self.kv_fill = cost, rates, kv_fill
         self.counts = np.arange(most + 1, dtype=np.float64)
         # How many of the ready rows may start: any few, or as many as fill a step of the cost.
-        self._sizes = np.concatenate((np.arange(FEW), np.arange(FEW, most + 1, 8)))
+        self._sizes = np.concatenate((np.arange(FEW), np.arange(FEW, most + 8, 8)))
         self._tokens = self._seconds = 0.0
         # Tokens earned, and those that full depth would have earned meanwhile.
         self._gain = (0.0, 0.0)
@@ -177,20 +177,20 @@ class FlushRule:
         """
         self._decoding, self._ahead, self._lossless = decoding, ahead, lossless
         self.prepare(pass_number, context)
-        if self._seconds == 0.0:
+        if not self._seconds:
             # Nothing was earned yet: full depth is what it takes without exits.
             count = np.array([float(max(1, decoding))])
             seconds = float(self.cost.full_depth(count, context)[0])
             self._tokens, self._seconds = float(count[0]), seconds
             self._gain = self._tokens, self._tokens
-        if self.rates.known:
-            self.outlook.tick(pass_number, decoding, self.rates.all(), context)
 
     def prepare(self, pass_number: int, context: float) -> None:
         """Refresh what decisions on a pass are read from, if it is time: where that can be done before one is due."""
         if pass_number // REFRESH != self._refreshed:
             self._refreshed, self._context = pass_number // REFRESH, context
             self._refresh()
+            if self.rates.known:
+                self.outlook.tick(pass_number, self._decoding, self._exits, context)
 
     def _refresh(self) -> None:
         counts, context, costs = self.counts, self._context, self.cost.profile.segments
@@ -238,7 +238,8 @@ class FlushRule:
             if chosen is not None:
                 return chosen, waiting.ready
         if waiting.ready:
-            sizes = np.append(self._sizes[: np.searchsorted(self._sizes, waiting.ready)], waiting.ready)
+            # The first that is no smaller stands for all of them.
+            sizes = np.minimum(self._sizes[: 1 + self._sizes.searchsorted(waiting.ready)], waiting.ready)
             worth = self._worth(0, self.counts[sizes], np.zeros(1), self._shallow[sizes], waiting)
             if waiting.chances is not None:
                 worth = worth - sizes[1:] + waiting.chances.cumsum()[sizes[1:] - 1]

@@ -15,7 +15,7 @@ from drex.control.yardstick import MOST_OWED, Yardstick, measure
 GRAIN = 32
 """Requests that two exit points are solved for; more are counted in units of several, which costs some 0.1 %."""
 DELAY = 16
-"""Passes between asking and using."""
+"""Passes between asking and using, at least."""
 LIFETIME = 256
 """Passes after which it is solved again, if nothing calls for that before."""
 LOAD_MOVED, RATES_MOVED = 0.25, 0.1
@@ -40,7 +40,7 @@ class Outlook:
         self.yardstick: Yardstick | None = None
 
     def tick(self, pass_number: int, decoding: int, exit_rates: Sequence[float], context: float) -> None:
-        """Use what is due, or ask for what is stale."""
+        """Use what is due, or ask for what is stale. Called every so many passes."""
         if self._asked is not None:
             due, future = self._asked
             if pass_number >= due:

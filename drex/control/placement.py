@@ -150,7 +150,7 @@ class Placement:
         for depth in np.unique(left_after).tolist():
             some = left_after == depth
             # A position has an entry of the same number wherever nothing is absent.
-            cells = self.pool.tables[depth - 1].cells[-1, rows[some], positions[some]]
+            cells = self.pool.tables[depth - 1].at(rows[some], positions[some])[-1]
             self.pool.append_aliases(segment, rows[some], entries[some], cells)
 
     def passed(self, segment: int, placed: Placed) -> None:

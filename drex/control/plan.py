@@ -204,7 +204,7 @@ class PassResult:
 def ragged(starts: IntArray, stops: IntArray) -> tuple[IntArray, IntArray]:
     """Ranges side by side: (which range, value), a pair an element."""
     sizes = stops - starts
-    if (sizes == 1).all():
+    if np.count_nonzero(sizes == 1) == len(sizes):
         return np.arange(len(sizes)), starts
     which = np.repeat(np.arange(len(sizes)), sizes)
     return which, np.arange(len(which)) - np.repeat(sizes.cumsum() - sizes - starts, sizes)

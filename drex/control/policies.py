@@ -96,8 +96,8 @@ class Split:
         most = 2 * config.max_num_seqs + config.max_fill_rows
         self.rule = FlushRule(cost, self.rates, kv_fill, most, config.max_fill_rows)
 
-    def checks_exits(self) -> bool:
-        """Whether a pass over segment 0 evaluates exit heads at all; asked once for each."""
+    def checks_exits(self, segment: int) -> bool:
+        """Whether a pass over a segment evaluates exit heads at all; asked once for each."""
         return True
 
     @property
@@ -128,11 +128,14 @@ class Drex(Split):
     def __init__(self, config: EngineConfig, cost: CostModel, kv_fill: str) -> None:
         super().__init__(config, cost, kv_fill)
         self._asked = 0
-        self._ahead = False
+        self._probes = self._ahead = False
 
-    def checks_exits(self) -> bool:
-        self._asked += 1
-        return not self.resting or self._asked % PROBE_EVERY == 0
+    def checks_exits(self, segment: int) -> bool:
+        if segment == 0:
+            self._asked += 1
+            self._probes = self._asked % PROBE_EVERY == 0
+        # What is checked before the first exit point is checked at the others too.
+        return self._probes or not self.resting
 
     @property
     def resting(self) -> bool:

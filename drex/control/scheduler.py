@@ -112,7 +112,7 @@ class Scheduler:
                     return Choice(segment, fills=True)
         if sum(standing.owed) > self.config.max_fill_rows:
             return Choice(max(range(1, self.segments), key=lambda s: standing.owed[s]), fills=True)
-        ahead, chances = bool(self.seats.drafting.any()), None
+        ahead, chances = bool(self.seats.having["drafting"]), None
         if ahead and ((known := self.seats.chance[standing.ready]) < 1).any():
             chances = np.sort(known)[::-1][:fit]
         self.view = View(
@@ -125,18 +125,24 @@ class Scheduler:
             fills=[standing.fills(segment) for segment in range(self.segments)],
             urgent=urgent,
             oldest_age=[self.passes - _least(self.seats.since, waiting, self.passes) for waiting in standing.buffers],
-            due=[_least(self.seats.due, waiting, np.inf) for waiting in standing.buffers],
+            due=self._due(standing),
             owed=standing.owed,
             decoding=self.seats.decoding,
             context=self._context,
             ahead=ahead,
-            lossless=ahead and bool(self.seats.lossless.any()),
+            lossless=bool(self.seats.having["lossless"]),
         )
         return self.policy.choose(self.view)
 
+    def _due(self, standing: Standing) -> list[float]:
+        """When the first token of each buffer is due."""
+        if not self.seats.having["paced"] and self.config.max_slowdown is None:
+            return [np.inf] * self.segments
+        return [_least(self.seats.due, waiting, np.inf) for waiting in standing.buffers]
+
     def _plan(self, choice: Choice, standing: Standing, number: int, now: float) -> Pass:
         segment, seats = choice.segment, self.seats
-        checking = segment > 0 or self.policy.checks_exits()
+        checking = self.policy.checks_exits(segment)
         spans, counts = self.selection.pick(choice, standing, now)
         assert len(spans)
         starts = seats.reached[segment + 1, spans]

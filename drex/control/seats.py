@@ -18,6 +18,9 @@ from drex.control.deadlines import pace
 from drex.control.plan import BoolArray, FloatArray, IntArray
 from drex.request import Request
 
+RARE = ("drafting", "lossless", "decaying", "scored", "patient", "fewest", "paced")
+"""Columns that few requests have anything in: whole passes go without a look at them."""
+
 
 class Seats:
     """The running requests.
@@ -40,6 +43,7 @@ class Seats:
         claimed_length: positions whose slots are claimed.
         since: the pass at which the live row came to where it waits.
         due: when the next token is due; pace: the target for each. Seconds, infinite where there is none.
+        paced: whether there is such a target.
         threshold: of the first row that is not settled at each exit; NaN where it may not exit. (segments - 1, seats).
         decaying: whether later rows have other thresholds.
         scored: whether prompt rows are measured; patient: whether any of its rules counts agreeing exits.
@@ -49,6 +53,8 @@ class Seats:
         depth: segments that a position executes before its token is decided; all while it isn't. (seats, room).
         confidence: what each exit said of a position; NaN where it wasn't asked. (segments - 1, seats, room).
         agreeing: (token, run length) of the exits that agree on a position, of patient requests. (2, seats, room).
+        draws: how tokens are decided.
+        having: how many of the running requests have what few have, by the column's name.
     """
 
     def __init__(self, seats: int, segments: int, room: int) -> None:
@@ -66,6 +72,7 @@ class Seats:
         self.since: IntArray = np.zeros(seats, dtype=np.int64)
         self.due: FloatArray = np.full(seats, np.inf)
         self.pace: FloatArray = np.full(seats, np.inf)
+        self.paced: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.threshold: FloatArray = np.full((segments - 1, seats), np.nan)
         self.decaying: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.scored: BoolArray = np.zeros(seats, dtype=np.bool_)
@@ -73,11 +80,13 @@ class Seats:
         self.fewest: IntArray = np.zeros(seats, dtype=np.int64)
         self.most: IntArray = np.zeros(seats, dtype=np.int64)
         self.ends: npt.NDArray[np.object_] = np.full(seats, frozenset())
+        self.draws: npt.NDArray[np.object_] = np.full(seats, None)
         # Left empty, so that only what is used ever takes memory.
         self.token: IntArray = np.empty((seats, room), dtype=np.int64)
         self.depth: IntArray = np.empty((seats, room), dtype=np.int64)
         self.confidence: FloatArray = np.empty((segments - 1, seats, room))
         self.agreeing: IntArray = np.empty((2, seats, room), dtype=np.int64)
+        self.having = dict.fromkeys(RARE, 0)
         self._empty = list(range(seats))
 
     def __len__(self) -> int:
@@ -99,7 +108,7 @@ class Seats:
     @property
     def decoding(self) -> int:
         """Requests that have a token."""
-        return int((self.settled > self.prompt).sum())
+        return int(np.count_nonzero(self.settled > self.prompt))
 
     def sit(self, request: Request) -> int:
         """Give a request a seat; it starts from its record, with no K/V."""
@@ -112,10 +121,11 @@ class Seats:
         self.drafting[seat], self.lossless[seat] = request.run_ahead != "off", request.run_ahead == "lossless"
         self.ended[seat], self.chance[seat] = False, 1.0
         self.due[seat], self.pace[seat] = request.due, pace(request.params)
+        self.paced[seat] = self.pace[seat] < np.inf
         self.decaying[seat] = request.rule.schedule != "constant"
         self.scored[seat] = request.score_rule is not None
         self.fewest[seat], self.most[seat] = request.params.min_tokens, request.max_tokens
-        self.ends[seat] = request.end_token_ids
+        self.ends[seat], self.draws[seat] = request.end_token_ids, request.draws
         self.token[seat, : len(request.tokens)] = request.tokens
         end = len(request.prompt) + request.max_tokens
         self.depth[seat, : len(request.depths)] = request.depths
@@ -125,6 +135,7 @@ class Seats:
         self.patient[seat] = any(rule is not None and rule.criterion == "patience" for rule in rules)
         if self.patient[seat]:
             self.agreeing[1, seat, :end] = 0
+        self._count(seat, 1)
         self.look_ahead(request)
         return seat
 
@@ -133,14 +144,19 @@ class Seats:
         seat = request.seat
         assert seat is not None
         assert self.idle[seat]
-        self.requests[seat] = request.seat = None
+        self._count(seat, -1)
+        self.requests[seat] = self.draws[seat] = request.seat = None
         self.idle[seat] = False
         self.reached[:, seat] = self.prompt[seat] = self.settled[seat] = 0
         self.drafting[seat] = self.lossless[seat] = False
         self.due[seat] = self.pace[seat] = np.inf
-        self.decaying[seat] = self.scored[seat] = self.patient[seat] = False
+        self.paced[seat] = self.decaying[seat] = self.scored[seat] = self.patient[seat] = False
         self.fewest[seat] = 0
         heapq.heappush(self._empty, seat)
+
+    def _count(self, seat: int, change: int) -> None:
+        for name in self.having:
+            self.having[name] += change * bool(getattr(self, name)[seat])
 
     def look_ahead(self, request: Request) -> None:
         """Set the thresholds of the row after the last settled token. A first token never exits early."""

@@ -107,7 +107,11 @@ class Selection:
     def _deep(self, choice: Choice, standing: Standing) -> Picked:
         """Buffered rows by age, then prompts, each with the fills they owe; then those that only owe fills."""
         segment, pending = choice.segment, standing.pending[choice.segment]
-        waiting = standing.buffers[segment]
+        waiting, most = standing.buffers[segment], self.config.max_num_batched_tokens
+        if not choice.fills and not len(standing.urgent[segment]):
+            counts = pending[waiting]
+            if int(np.add.reduce(counts)) <= most:
+                return waiting, counts
         order = [waiting[np.argsort(self.seats.since[waiting], kind="stable")], standing.urgent[segment]]
         if choice.fills:
             only_owe = standing.decoding & (pending > 0)
@@ -115,7 +119,7 @@ class Selection:
             others = only_owe.nonzero()[0]
             order.append(others[np.argsort(-pending[others], kind="stable")])
         seats = np.concatenate(order)
-        return _cut(seats, pending[seats], self.config.max_num_batched_tokens)
+        return _cut(seats, pending[seats], most)
 
 
 def _join(first: Picked, second: Picked) -> Picked:

@@ -50,16 +50,16 @@ MOST_LEFT = 1024
 class SegmentTables:
     """Entries of all requests at one segment, by seat, in order of position: own cells, or aliases of another slot.
 
-    Shapes: cells (parts, seats, room), of which the first `counts` (seats,) hold cells, or slots where `aliased`
-    (seats, room); low and high (parts, seats), the stretch that each part grows in, empty where there is none; in_run
-    (seats,), whether all entries are own cells at `low` plus their index; told (seats,), how many of the entries that
-    lie in no run passes have told of.
+    Shapes: counts (seats,) entries; low and high (parts, seats), the stretch that each part grows in, empty where there
+    is none; in_run (seats,), whether all entries are own cells at `low` plus their index; told (seats,), how many of
+    the entries that lie in no run passes have told of. Where a request is not in a run, `_cells` (parts, seats, room)
+    has its cells, or slots where `aliased` (seats, room).
     """
 
     def __init__(self, parts: int, seats: int, room: int) -> None:
         self.parts = parts
         # Left empty, so that only what is used ever takes memory.
-        self.cells: IntArray = np.empty((parts, seats, room), dtype=np.int64)
+        self._cells: IntArray = np.empty((parts, seats, room), dtype=np.int64)
         self.aliased: BoolArray = np.zeros((seats, room), dtype=np.bool_)
         self.counts: IntArray = np.zeros(seats, dtype=np.int64)
         self.low: IntArray = np.zeros((parts, seats), dtype=np.int64)
@@ -70,7 +70,13 @@ class SegmentTables:
     def entries(self, seat: int) -> tuple[IntArray, BoolArray]:
         """One request's: cells or slots (parts, count), and which are aliases (count,)."""
         count = self.counts[seat]
-        return self.cells[:, seat, :count], self.aliased[seat, :count]
+        if self.in_run[seat]:
+            return self.low[:, seat, None] + np.arange(count), self.aliased[seat, :count]
+        return self._cells[:, seat, :count], self.aliased[seat, :count]
+
+    def at(self, seats: IntArray, entries: IntArray) -> IntArray:
+        """Cells or slots of entries. Shapes: (rows,) each -> (parts, rows)."""
+        return np.where(self.in_run[seats], self.low[:, seats] + entries, self._cells[:, seats, entries])
 
     def own_cells(self, seat: int) -> IntArray:
         """All cells that one request holds here, flat."""
@@ -79,20 +85,29 @@ class SegmentTables:
         return own
 
     def put(self, seats: IntArray, entries: IntArray, cells: IntArray) -> None:
-        """Set entries, ascending in each seat. Shapes: seats and entries (rows,), cells (parts, rows)."""
-        self.cells[:, seats, entries] = cells
+        """Set entries, ascending in each seat. Shapes: seats and entries (rows,), cells (parts, rows) or (rows,)."""
+        in_run = self.in_run[seats]
+        if np.count_nonzero(in_run) < len(seats):
+            noted = ~in_run
+            self._cells[:, seats[noted], entries[noted]] = cells[..., noted]
         # Own entries and aliases of one span come one after the other, whichever is last.
         self.counts[seats] = np.maximum(self.counts[seats], entries + 1)
+
+    def leave_runs(self, seats: IntArray) -> None:
+        """Requests get entries that are in no run with their others: note these."""
+        for seat in np.unique(seats[self.in_run[seats]]).tolist():
+            self._cells[:, seat, : self.counts[seat]], _ = self.entries(seat)
+            self.in_run[seat] = False
 
     def contexts(self, seats: IntArray) -> Contexts:
         """What attention reads, by seat; the pass that it goes with tells of what is fresh."""
         in_run = self.in_run[seats]
-        if in_run.all():
+        if np.count_nonzero(in_run) == len(in_run):
             return Contexts(seats, self.counts[seats], in_run, self.low[:, seats], NO_ENTRIES)
         scattered = seats[~in_run]
         which, numbers = ragged(self.told[scattered], self.counts[scattered])
         of = scattered[which]
-        fresh = Entries(of, numbers, self.cells[:, of, numbers], self.aliased[of, numbers])
+        fresh = Entries(of, numbers, self._cells[:, of, numbers], self.aliased[of, numbers])
         self.told[scattered] = self.counts[scattered]
         return Contexts(seats, self.counts[seats], in_run, self.low[:, seats], fresh)
 
@@ -174,12 +189,12 @@ class SlotPool:
         cells = table.low[:, seats] + entries
         there = cells < table.high[:, seats]
         there &= self._free.take(cells, mode="clip")
-        if there.all():
+        if np.count_nonzero(there) == there.size:
             self._free[cells] = False
         else:
             self._free[cells[there]] = False
             cells[~there] = self._elsewhere(int(there.size - there.sum()))
-            table.in_run[seats[~there.all(0)]] = False
+            table.leave_runs(seats[~there.all(0)])
         self._cells_in_use += cells.size
         table.put(seats, entries, cells)
         return cells
@@ -187,17 +202,18 @@ class SlotPool:
     def append_aliases(self, segment: int, seats: IntArray, entries: IntArray, cells: IntArray) -> None:
         """Add entries that read, at every layer of this segment, the last layer of another part's cells (rows,)."""
         table = self.tables[segment]
+        table.leave_runs(seats)
         # The flat slot number of a cell's last layer.
         table.put(seats, entries, (self.layout.layers_per_cell - 1) * self.num_cells + cells)
         table.aliased[seats, entries] = True
-        table.in_run[seats] = False
 
     def cut(self, table: SegmentTables, seat: int, entries: int) -> None:
         """Free all but the first so many entries of a table."""
         count = int(table.counts[seat])
         if count <= entries:
             return
-        own = table.cells[:, seat, entries:count][:, ~table.aliased[seat, entries:count]]
+        cells, aliased = table.entries(seat)
+        own = cells[:, entries:][:, ~aliased[entries:]]
         self._free[own] = True
         self._cells_in_use -= own.size
         table.aliased[seat, entries:count] = False

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from drex.control.plan import BoolArray, IntArray
 from drex.control.seats import Seats
 
@@ -39,15 +41,18 @@ class Standing(NamedTuple):
         pending = reached[:-1] - reached[1:]
         # The first row that is not settled stands at position settled - 1.
         decoding = seats.idle & (settled > seats.prompt) & (reached[1] >= settled - 1)
-        arrived = [decoding & (pending[0] > 0) & ~seats.ended]
+        arrived = [decoding & (pending[0] > 0)]
+        if seats.having["drafting"]:
+            arrived[0] &= ~seats.ended
         for segment in range(1, seats.segments):
             arrived.append(decoding & (reached[segment] >= settled) & (reached[segment + 1] < settled))
         ready, *buffers = [waits.nonzero()[0] for waits in arrived]
-        catching_up, nobody = seats.idle & ~decoding, ready[:0]
+        catching_up, nobody = seats.idle ^ decoding, ready[:0]
         urgent = [nobody] * seats.segments
-        if catching_up.any():
+        if np.count_nonzero(catching_up):
             urgent = [(catching_up & (rows > 0)).nonzero()[0] for rows in pending]
-        further = [int(pending[segment] @ decoding) - len(waits) for segment, waits in enumerate(buffers, 1)]
+        owed = [int(np.add.reduce(rows, where=decoding)) for rows in pending[1:]]
+        further = [rows - len(waits) for rows, waits in zip(owed, buffers, strict=True)]
         return cls(pending, decoding, ready, [nobody, *buffers], urgent, [0, *further])
 
     def fills(self, segment: int) -> int:

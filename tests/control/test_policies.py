@@ -366,6 +366,29 @@ def test_adaptive_leaves_exits_unchecked_while_they_do_not_pay_but_for_a_probe_n
     assert 4 <= len(checked) <= 3 * shallow / PROBE_EVERY
 
 
+def test_what_is_unchecked_is_unchecked_at_all_exits_and_counted_once() -> None:
+    first, *others = profile("weight_bound", 1.0, 1.0, 1.0).segments
+    head = Curve((1.0, 2.0), (0.05, 0.05))
+    dear = [SegmentCost(each.rows, head, each.span, each.entry, each.kv_row) for each in (first, others[0])]
+    made, count = Profile((*dear, others[1])), 4
+    scheduler = make_scheduler(
+        EngineConfig(1024, count, 512, count * 500, adaptive=True), SlotLayout((2, 2, 2)), "alias", made
+    )
+    for number in range(count):
+        scheduler.add(request(number, 4, 400, 3), 0.0)
+    machine = Machine(0.3, profile=made)
+    while not scheduler.unchecked:
+        machine.run(scheduler)
+    for _ in range(20):
+        machine.run(scheduler)
+    before, passes = scheduler.unchecked, [machine.run(scheduler) for _ in range(4 * 3 * PROBE_EVERY)]
+    checked = [batch.segment for batch in passes if batch is not None and batch.segment < 2 and len(batch.evaluations)]
+    assert 3 <= checked.count(0) <= 6
+    assert checked.count(1) <= checked.count(0)
+    shallow = [batch for batch in passes if batch is not None and batch.segment == 0]
+    assert scheduler.unchecked - before == sum(batch.spans for batch in shallow if not len(batch.evaluations))
+
+
 def test_adaptive_checks_everything_where_exits_pay() -> None:
     unchecked, checked, shallow = adaptive_run(True, 0.8, profile("weight_bound", 1.0, 1.0))
     assert unchecked == 0
