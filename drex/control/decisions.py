@@ -79,18 +79,20 @@ class Decisions:
         owners = placed.owners
         rows = (placed.full.positions >= seats.settled[owners] - 1).nonzero()[0]
         of, positions = owners[rows], placed.full.positions[rows]
-        asked, thresholds = np.ones(len(rows), dtype=np.bool_), np.full(len(rows), np.nan)
         if seats.having["drafting"]:
             # Behind an open row others may be decided, and held.
-            asked = seats.depth[of, positions] == seats.segments
-        if not final:
+            open_ = seats.depth[of, positions] == seats.segments
+            rows, of, positions = rows[open_], of[open_], positions[open_]
+        unasked, thresholds = 0, np.empty(len(rows))
+        if final:
+            thresholds.fill(np.nan)
+        else:
             thresholds = self._thresholds(segment, of, positions)
-            asked &= ~np.isnan(thresholds)
-        unasked = 0
-        if not checking and not final:
-            unasked = int(np.isnan(seats.threshold[:segment, of[asked]]).all(0).sum())
-            asked[:] = False
-        rows, of, positions, thresholds = rows[asked], of[asked], positions[asked], thresholds[asked]
+            allowed = ~np.isnan(thresholds)
+            if not checking:
+                unasked = int(np.isnan(seats.threshold[:segment, of[allowed]]).all(0).sum())
+                allowed[:] = False
+            rows, of, positions, thresholds = rows[allowed], of[allowed], positions[allowed], thresholds[allowed]
         live, draws = len(rows), seats.draws[of].tolist()
         banned: dict[int, tuple[int, ...]] = {}
         if seats.having["fewest"]:

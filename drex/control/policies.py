@@ -26,8 +26,7 @@ PROBE = 16
 """Under run-ahead that many in a row: what they earn shows once buffers have filled and were flushed."""
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """What could run now. Sequences have an entry a segment.
 
     Attributes:

@@ -8,6 +8,7 @@ and placed by `drex.control.placement`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import contains
 from typing import Any
 
@@ -151,10 +152,7 @@ class Scheduler:
         asked = self.decisions.ask(segment, spans, placed, checking=checking)
         self.unchecked += asked.unasked
         seats.idle[spans] = False
-        decoding = standing.decoding[spans]
-        live = int(decoding.sum())
-        fills = int(counts[decoding].sum()) - live
-        self._outstanding[number] = Work(spans, placed, asked, live, fills, prompts=len(spans) - live)
+        self._outstanding[number] = Work(spans, counts, placed, asked, standing.decoding)
         return Pass(
             number=number,
             segment=segment,
@@ -270,7 +268,8 @@ class Scheduler:
                 self._context = load.entries / load.spans
         elif work.live:
             # Prompts came along: the decode rows' share is what they would have taken alone.
-            alone = float(rule.seconds(done.segment, work.live, work.fills))
+            fills = int(work.counts[work.decoding[work.spans]].sum()) - work.live
+            alone = float(rule.seconds(done.segment, work.live, fills))
             rule.observe(work.decided, alone, checked=not self.policy.resting)
         rule.prepare(self.passes, self._context)
 
@@ -293,21 +292,30 @@ class Work:
     """What an outstanding pass does.
 
     Attributes:
-        spans: seats of the pass's spans.
+        spans, counts: seats of the pass's spans, and their rows.
         placed: its rows.
         asked: its evaluations.
-        live: decoding requests; `fills` are the further rows of these, `prompts` the other requests.
+        decoding: whether a request decodes, by seat.
         decided: tokens of decoding requests.
         touched: requests that got a token or ended.
         unwritten: what is not in the requests' records yet.
     """
 
     spans: IntArray
+    counts: IntArray
     placed: Placed
     asked: Asked
-    live: int
-    fills: int
-    prompts: int
+    decoding: BoolArray
     decided: int = 0
     touched: list[Request] = field(default_factory=list)
     unwritten: Decided | None = None
+
+    @cached_property
+    def live(self) -> int:
+        """Decoding requests in it."""
+        return int(np.count_nonzero(self.decoding[self.spans]))
+
+    @property
+    def prompts(self) -> int:
+        """The other requests in it."""
+        return len(self.spans) - self.live

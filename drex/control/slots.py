@@ -103,7 +103,7 @@ class SegmentTables:
         """What attention reads, by seat; the pass that it goes with tells of what is fresh."""
         in_run = self.in_run[seats]
         if np.count_nonzero(in_run) == len(in_run):
-            return Contexts(seats, self.counts[seats], in_run, self.low[:, seats], NO_ENTRIES)
+            return Contexts(seats, self.counts[seats], in_run, self.low.take(seats, axis=1), NO_ENTRIES)
         scattered = seats[~in_run]
         which, numbers = ragged(self.told[scattered], self.counts[scattered])
         of = scattered[which]
@@ -186,8 +186,8 @@ class SlotPool:
     def append(self, segment: int, seats: IntArray, entries: IntArray) -> IntArray:
         """Take cells for entries, ascending in each seat. Shapes: (rows,) each -> cells (parts, rows)."""
         table = self.tables[segment]
-        cells = table.low[:, seats] + entries
-        there = cells < table.high[:, seats]
+        cells = table.low.take(seats, axis=1) + entries
+        there = cells < table.high.take(seats, axis=1)
         there &= self._free.take(cells, mode="clip")
         if np.count_nonzero(there) == there.size:
             self._free[cells] = False

@@ -51,11 +51,10 @@ class Standing(NamedTuple):
         urgent = [nobody] * seats.segments
         if np.count_nonzero(catching_up):
             urgent = [(catching_up & (rows > 0)).nonzero()[0] for rows in pending]
-        owed = [int(np.add.reduce(rows, where=decoding)) for rows in pending[1:]]
-        further = [rows - len(waits) for rows, waits in zip(owed, buffers, strict=True)]
+        further = [int(pending[s][decoding].sum()) - len(waits) for s, waits in enumerate(buffers, 1)]
         return cls(pending, decoding, ready, [nobody, *buffers], urgent, [0, *further])
 
     def fills(self, segment: int) -> int:
         """Rows that the requests in a buffer owe there beside their live rows."""
         waiting = self.buffers[segment]
-        return int(self.pending[segment, waiting].sum()) - len(waiting) if len(waiting) else 0
+        return int(self.pending[segment][waiting].sum()) - len(waiting) if len(waiting) else 0
