@@ -67,8 +67,15 @@ def rate(records: Sequence[PassRecord]) -> float:
 
 def costed(records: Sequence[PassRecord], found: Found) -> float:
     """Tokens a second if each pass had taken what such passes took in the whole run, of all policies."""
-    seconds = sum(found.cost.predict(record.segment, record.load) for record in records)
-    return sum(record.tokens for record in records) / seconds
+    return sum(record.tokens for record in records) / sum(_predicted(record, found.cost) for record in records)
+
+
+def _predicted(record: PassRecord, cost: CostModel) -> float:
+    if not record.through:
+        return cost.predict(record.segment, record.load)
+    last, load = cost.segments - 1, record.load
+    unasked = sum(cost.predict(segment, load) for segment in range(last))
+    return unasked + cost.predict(last, load._replace(evaluations=load.spans))
 
 
 def requests(subject: Subject, cell: Cell, tokens: int) -> list[tuple[float, Request]]:

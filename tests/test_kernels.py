@@ -310,20 +310,20 @@ def served(folder, kernels, run_ahead, threshold, requests=3, **early_exit):
 
 
 @pytest.mark.parametrize(
-    ("family", "kv_fill", "criterion", "threshold", "run_ahead"),
+    ("family", "kv_fill", "criterion", "threshold", "run_ahead", "requests"),
     [
-        ("llama", "recompute", "max_prob", 0.2, "trusted"),
-        ("qwen2", "project", "margin", 0.1, "off"),
-        ("qwen3", "alias", "entropy", 0.3, "off"),
+        ("llama", "recompute", "max_prob", 0.2, "trusted", 3),
+        ("qwen2", "project", "margin", 0.1, "off", 2),
+        ("qwen3", "alias", "entropy", 0.3, "off", 2),
     ],
 )
 def test_an_engine_over_kernels_gives_what_the_reference_gives(
-    shallow_models, family, kv_fill, criterion, threshold, run_ahead
+    shallow_models, family, kv_fill, criterion, threshold, run_ahead, requests
 ):
     if torch.cuda.is_available():
         pytest.skip("compares with the reference on the CPU, in the interpreter")
     ours, theirs = (
-        served(shallow_models[family], kernels, run_ahead, threshold, kv_fill=kv_fill, criterion=criterion)
+        served(shallow_models[family], kernels, run_ahead, threshold, requests, kv_fill=kv_fill, criterion=criterion)
         for kernels in ("triton", "torch")
     )
     for mine, reference in zip(ours, theirs, strict=True):

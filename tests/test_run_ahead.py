@@ -12,6 +12,7 @@ import pytest
 from drex import LLM, EarlyExit, SamplingParams
 from drex.bench.runner import while_all_decode
 from drex.config import EngineConfig, policy_settings
+from drex.control.policies import Drex
 from drex.control.profile import Curve, Profile, SegmentCost
 from drex.outputs import RequestOutput
 from drex.sim.executor import RecordedConfidences
@@ -64,6 +65,34 @@ def test_lossless_run_ahead_says_what_full_depth_says(text_model: Path, changes:
     stats = ahead.exit_stats(outputs)
     assert stats.mean_depth == 6
     assert stats.involuntary_stays == stats.involuntary_exits == 0
+
+
+@pytest.mark.parametrize("fill", ["recompute", "project", "alias", "mask"])
+def test_what_is_unchecked_runs_all_segments_at_once_and_is_what_full_depth_says(
+    text_model: Path, fill: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = LLM(text_model, policy="full", dtype="float64", max_num_seqs=4)
+    llm = make(text_model, "off", early_exit=EarlyExit(layers=[2, 4], thresholds=0.12, kv_fill=fill))
+    llm.engine.history = []
+    monkeypatch.setattr(Drex, "resting", property(lambda self: True))
+    monkeypatch.setattr(Drex, "_probes_next", property(lambda self: False))
+    assert said(llm.generate(PROMPTS, params())) == said(full.generate(PROMPTS, params()))
+    assert all(record.through for record in llm.engine.history)
+    assert any(record.prompts for record in llm.engine.history)
+    assert llm.engine.scheduler.pool.in_use == 0
+
+
+def test_lossless_text_is_full_depths_whenever_exits_are_left_unchecked(
+    text_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, llm = LLM(text_model, policy="full", dtype="float64"), make(text_model, "lossless")
+    llm.engine.history = []
+    monkeypatch.setattr(Drex, "resting", property(lambda self: self._asked % 9 < 5))
+    changes = {"stop": ["s"], "frequency_penalty": 0.7}
+    assert said(llm.generate(PROMPTS, params(**changes))) == said(full.generate(PROMPTS, params(**changes)))
+    assert llm.engine.scheduler.drafts.drafted > 5
+    through = [record.through for record in llm.engine.history]
+    assert 5 < sum(through) < len(through) - 5
 
 
 def test_each_request_may_choose_its_own_mode(text_model: Path) -> None:

@@ -181,10 +181,12 @@ def decode_rate(history: Sequence[PassRecord]) -> float | None:
 
 
 def _time(cell: Cell, segments: int) -> dict[str, Any]:
-    """Seconds in passes by segment, without the engine's own; and that."""
+    """Seconds in passes by segment, without the engine's own; and that. A pass over all counts alike for each."""
     spent = [0.0] * segments
     for record in cell.history:
-        spent[record.segment] += record.seconds
+        ran = range(segments) if record.through else (record.segment,)
+        for segment in ran:
+            spent[segment] += record.seconds / len(ran)
     stats = cell.engine.stats
     whole = stats.own_seconds + stats.executor_seconds
     share = stats.executor_seconds / whole if whole else 1.0

@@ -31,7 +31,7 @@ from drex.engine.engine import Engine
 from drex.engine.torch_executor import TorchExecutor
 from drex.intake import load_tokenizer
 from drex.runner import build_runner
-from drex.sim.shapes import SHAPES, Shape
+from drex.sim.shapes import Shape, shape_named
 from drex.tuning.corpus import split_held_out, standard_library
 from drex.tuning.profile_cache import obtain
 
@@ -114,9 +114,7 @@ def synthetic(
     Raises:
         ValueError: an unknown shape, or rates that don't fit the exits.
     """
-    if name not in SHAPES:
-        raise ValueError(f"shape {name!r}: choose one of {', '.join(SHAPES)}")
-    shape = SHAPES[name]
+    shape = shape_named(name)
     layers = tuple(exits) if exits else (shape.layers // 2,)
     if len(exit_rates) != len(layers) or not all(0 <= rate < 1 for rate in exit_rates):
         raise ValueError(f"exit rates {list(exit_rates)}: give a share in [0, 1) for each exit after {list(layers)}")

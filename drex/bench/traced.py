@@ -37,9 +37,9 @@ class Traced:
         self.inner.submit(batch)
 
     def collect(self) -> PassResult:
-        batch, result = self._submitted.popleft(), self.inner.collect()
+        last, result = self._submitted.popleft().parts[-1], self.inner.collect()
         if result.verdicts is None:
             return result
-        final = batch.segment == self._segments - 1
-        said = None if final else self._exits(batch.segment, batch.evaluations)
-        return PassResult(verdicts(said, batch.evaluations))
+        final = last.segment == self._segments - 1
+        said = None if final else self._exits(last.segment, last.evaluations)
+        return PassResult(verdicts(said, last.evaluations))

@@ -46,8 +46,8 @@ class Found:
 
 def yardstick(cells: Sequence[Cell]) -> Found | None:
     """From cells of one count in flight; None where no policy with exits decoded anything."""
-    seen = [record for cell in cells if cell.policy != "full" for record in cell.history if not record.prompts]
     with_exits = [cell for cell in cells if cell.policy != "full"]
+    seen = [record for cell in with_exits for record in cell.history if not record.prompts and not record.through]
     if not seen:
         return None
     first = with_exits[0]

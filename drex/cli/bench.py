@@ -103,6 +103,16 @@ def bench(
         asked = Asked(prompts, trace, trace_scale, trace_speed, count, output_tokens, rate, burstiness, seed)
         _load(Target(url, model or "", api_key, chat, ignore_eos), asked, goodput or [], json_file)
         return
+    from drex.config import EngineConfig, policy_settings
+    from drex.sim.shapes import shape_named
+
+    names, counts = policies.split(","), parse_ints(in_flight, "--in-flight")
+    for name in names:
+        policy_settings(name)
+    if shape is None and exit_rates is not None:
+        raise ValueError("--exit-rates goes with --shape: a trained model has its own exits")
+    if shape is not None:
+        shape_named(shape)
     from rich.console import Console
 
     from drex.bench.bench import run
@@ -110,13 +120,9 @@ def bench(
     from drex.bench.runner import Cell
     from drex.bench.subject import synthetic, trained
     from drex.bench.table import show
-    from drex.config import EngineConfig, policy_settings
 
     # Whether early exit pays is in the report.
     logging.getLogger("drex.engine").setLevel(logging.ERROR)
-    names, counts = policies.split(","), parse_ints(in_flight, "--in-flight")
-    for name in names:
-        policy_settings(name)
     longest = LONGEST_PROMPT + output_tokens
     config = EngineConfig(
         max_model_len=longest,
@@ -125,8 +131,6 @@ def bench(
         max_slowdown=max_slowdown,
         adaptive=adaptive,
     )
-    if shape is None and exit_rates is not None:
-        raise ValueError("--exit-rates goes with --shape: a trained model has its own exits")
     if shape is not None:
         rates = parse_floats(exit_rates or "0.6", "--exit-rates")
         layers = None if exits is None else parse_ints(exits, "--exits")

@@ -99,10 +99,11 @@ class SegmentRunner:
     @torch.inference_mode()
     def start(self, batch: Pass) -> Started:
         """Execute a pass; on a GPU without waiting for it. Returns what its verdicts come from."""
-        ends = self._layers.run(batch)
-        if not len(batch.evaluations):
+        for part in batch.parts:
+            ends = self._layers.run(part)
+        if not len(part.evaluations):
             return Unjudged(self.decoder.device)
-        return self._judge(batch.segment, ends.logits, ends.hidden, ends.before, batch.evaluations)
+        return self._judge(part.segment, ends.logits, ends.hidden, ends.before, part.evaluations)
 
     @torch.inference_mode()
     def finish(self, started: Started) -> Verdicts:

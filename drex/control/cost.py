@@ -5,7 +5,8 @@ Seconds are whole steps of the engine, scheduling included. The model is
     T_s = rows_s(full rows) + span_s · spans + context_s · entries + head_s(evaluations) + kv_s · K/V-only rows
 
 with piecewise-linear curves for rows and head: a machine's steps (tiles, narrow products, graph buckets) don't follow
-one line. Online, each segment keeps a correction by size of the pass, a moving geometric mean of measured / predicted.
+one line. Online, each segment keeps a correction by size of the pass, a moving geometric mean of measured / predicted,
+and so do passes over all segments at once.
 
 Invariants: predictions are positive; a correction only moves by what was observed.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +62,8 @@ class CostModel:
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self._corrections: list[dict[int, float]] = [{} for _ in profile.segments]
+        # Of all segments at once beside one by one: by size, logarithm and number of observations.
+        self._through: dict[int, tuple[float, int]] = {}
         self._errors: deque[float] = deque(maxlen=WINDOW)
 
     @property
@@ -71,6 +74,7 @@ class CostModel:
         """One that predicts the same and learns for itself."""
         other = CostModel(self.profile)
         other._corrections = [dict(known) for known in self._corrections]
+        other._through = dict(self._through)
         return other
 
     def predict(self, segment: int, load: Load) -> float:
@@ -112,12 +116,18 @@ class CostModel:
         return float((self.profile.segments[segment].head.at(counts) * self.factors(segment, counts))[0])
 
     def full_depth(self, rows: FloatArray, context: float) -> FloatArray:
-        """Seconds in which all layers and the final head, no exit head, take `rows` requests one token further."""
+        """Seconds in which all layers and the final head, no exit head, take `rows` requests one token further.
+
+        At once, as far as it was seen what that saves.
+        """
         total = np.zeros_like(rows)
         for segment, cost in enumerate(self.profile.segments):
             total = total + self.decode(segment, rows, np.zeros_like(rows), context, runs=True)
             if segment < self.segments - 1:
                 total = total - cost.head.at(rows) * self.factors(segment, rows)
+        if self._through:
+            known = {size: value for size, (value, _) in self._through.items()}
+            total = total * np.exp([_nearest(known, _size(count)) for count in rows.tolist()])
         return total
 
     def observe(self, segment: int, load: Load, seconds: float) -> None:
@@ -127,6 +137,16 @@ class CostModel:
         off = min(CLIP, max(-CLIP, math.log(max(seconds, 1e-9) / predicted)))
         size, known = _size(load.rows + load.kv_rows), self._corrections[segment]
         known[size] = self._correction(segment, load.rows + load.kv_rows) + ADAPTATION * off
+
+    def observe_through(self, loads: Sequence[Load], seconds: float) -> None:
+        """Learn from a pass over all segments at once; loads are of each."""
+        predicted = sum(self.predict(segment, load) for segment, load in enumerate(loads))
+        off = min(CLIP, max(-CLIP, math.log(max(seconds, 1e-9) / predicted)))
+        size = _size(loads[0].rows)
+        known, count = self._through.get(size, (0.0, 0))
+        # The first few count alike: nothing is known of it before.
+        weight = max(ADAPTATION, 1.0 / (count + 1))
+        self._through[size] = known + weight * (off - known), count + 1
 
     def fit(self, passes: Iterable[tuple[int, Load, float]]) -> None:
         """Correct to the medians of passes that were run: (segment, load, seconds)."""
@@ -146,10 +166,13 @@ class CostModel:
 
     def _correction(self, segment: int, rows: int) -> float:
         """Logarithm of the factor on a prediction: of this size of pass, or of the nearest one known."""
-        known, size = self._corrections[segment], _size(rows)
-        if size in known or not known:
-            return known.get(size, 0.0)
-        return known[min(sorted(known), key=lambda other: abs(other - size))]
+        return _nearest(self._corrections[segment], _size(rows))
+
+
+def _nearest(known: Mapping[int, float], size: int) -> float:
+    if size in known or not known:
+        return known.get(size, 0.0)
+    return known[min(sorted(known), key=lambda other: abs(other - size))]
 
 
 def _size(rows: int) -> int:

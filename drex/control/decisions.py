@@ -113,6 +113,10 @@ class Decisions:
             agreeing[:, patient] = seats.agreeing[:, of[patient], positions[patient]]
         return Asked(Evaluations(rows, positions, thresholds, draws, agreeing, banned, targets), of, live, unasked)
 
+    def could_exit(self, asked: Asked) -> int:
+        """Evaluated live rows that might have exited somewhere."""
+        return int((~np.isnan(self.seats.threshold[:, asked.seats[: asked.live]])).any(0).sum())
+
     def _thresholds(self, segment: int, owners: IntArray, positions: IntArray) -> FloatArray:
         """Of rows that are not settled, at the exit after a segment."""
         seats = self.seats

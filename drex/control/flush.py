@@ -154,6 +154,11 @@ class FlushRule:
         solved, promised = self.outlook.yardstick, self.promises
         return None if solved is None or promised is None else promised >= solved.full
 
+    def might_not_pay(self, margin: float) -> bool:
+        """Whether full depth times a margin would be above what checking exits earns, as far as that is known."""
+        solved, promised = self.outlook.yardstick, self.promises
+        return solved is not None and promised is not None and promised < margin * solved.full
+
     def observe(self, tokens: int, seconds: float, *, checked: bool = True) -> None:
         """Count a pass: tokens decided, what it took, and whether exits were checked at the time."""
         fade = math.exp(-1.0 / EARNING_MEMORY)

@@ -114,6 +114,13 @@ class Placement:
         full, visible = Rows(positions[runs], arena[runs], cells), entries[runs] + 1
         return Placed(rows, positions, runs, rows[runs], full, NO_ROWS, visible, sizes, table.contexts(seats))
 
+    def goes_through(self, seats: IntArray, starts: IntArray, stops: IntArray) -> bool:
+        """Whether positions [start, stop) of requests run in full at all segments, and nothing else has to before."""
+        known, (span, positions) = self.seats, ragged(starts, stops)
+        if (known.reached[1:, seats] != starts).any():
+            return False
+        return self.kv_fill == "recompute" or bool((known.depth[seats[span], positions] == self.segments).all())
+
     def _arena(self, rows: IntArray, positions: IntArray) -> IntArray:
         return self.arena.rows(rows, positions) if self.segments > 1 else np.zeros_like(positions)
 

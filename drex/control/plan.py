@@ -144,6 +144,9 @@ class Verdicts:
         return len(self.tokens)
 
 
+NO_EVALUATIONS = Evaluations(
+    np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), (), np.zeros((2, 0), np.int64), {}, {}
+)
 NOTHING = Verdicts(
     np.zeros(0, np.int64), np.zeros(0), np.zeros(0), np.zeros(0, np.bool_), np.zeros((2, 0), np.int64), {}
 )
@@ -152,7 +155,7 @@ NOTHING = Verdicts(
 
 @dataclass(frozen=True)
 class Pass:
-    """One execution of one segment over rows of one or more requests.
+    """One execution of one segment over rows of one or more requests, or of several segments at once.
 
     A span is the positions [start, stop) of one request; those of them that are in neither `full` nor `fill` have an
     aliased or absent entry at this segment.
@@ -168,6 +171,7 @@ class Pass:
         fill: rows that only write K/V, from the hidden state they exited with (`project`).
         context: what the spans' rows read.
         evaluations: of full rows.
+        then: the same rows over the next segment, where nothing is to be decided in between; None: that is all.
     """
 
     number: int
@@ -181,6 +185,12 @@ class Pass:
     fill: Rows
     context: Contexts
     evaluations: Evaluations
+    then: Pass | None = None
+
+    @property
+    def parts(self) -> list[Pass]:
+        """A pass for each segment that is run."""
+        return [self] if self.then is None else [self, *self.then.parts]
 
     @property
     def spans(self) -> int:

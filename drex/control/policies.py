@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,9 @@ PROBE_EVERY = 64
 """`adaptive`: while checking exits does not pay, one pass in so many checks all the same, to notice when it would."""
 PROBE_WEIGHT = 8
 """Its rows count so many times for exit rates: they stand for those of all passes since the last one."""
+SURE = 1.25
+"""`adaptive`: where checking exits promises less than so many times full depth, what that takes is tried: after
+`PROBE_EVERY` passes, and then ever more rarely."""
 PROBE = 16
 """Under run-ahead that many in a row: what they earn shows once buffers have filled and were flushed."""
 
@@ -65,11 +68,15 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """The segment to run; at segment 0 how many ready rows, deeper whether rows that only owe fills come along."""
+    """The segment to run; at segment 0 how many ready rows, deeper whether rows that only owe fills come along.
+
+    `through`: all segments at once, if nothing has to come before, with no exit checked.
+    """
 
     segment: int
     ready: int = 0
     fills: bool = False
+    through: bool = False
 
 
 class Checks(NamedTuple):
@@ -126,15 +133,20 @@ class Drex(Split):
 
     def __init__(self, config: EngineConfig, cost: CostModel, kv_fill: str) -> None:
         super().__init__(config, cost, kv_fill)
-        self._asked = 0
+        self._asked = self._went_through = 0
+        self._interval = PROBE_EVERY
         self._probes = self._ahead = False
 
     def checks_exits(self, segment: int) -> bool:
         if segment == 0:
+            self._probes = self._probes_next
             self._asked += 1
-            self._probes = self._asked % PROBE_EVERY == 0
         # What is checked before the first exit point is checked at the others too.
         return self._probes or not self.resting
+
+    @property
+    def _probes_next(self) -> bool:
+        return (self._asked + 1) % PROBE_EVERY == 0
 
     @property
     def resting(self) -> bool:
@@ -145,7 +157,8 @@ class Drex(Split):
         self._ahead = view.ahead
         self.rule.tick(view.pass_number, view.decoding, view.context, ahead=view.ahead, lossless=view.lossless)
         if self.resting:
-            return super().choose(view)
+            choice = super().choose(view)
+            return choice if choice is None or self._probes_next else self._through(choice)
         segments = len(view.live)
         # Every buffer may come due in the same pass, and each flush takes one.
         by_age = self.config.max_wait_passes - segments
@@ -159,7 +172,21 @@ class Drex(Split):
         if view.prompts:
             return Choice(0, view.ready)
         chosen = self.rule.choose(Waiting(view.ready, view.live, view.fills, view.chances))
-        return None if chosen is None else Choice(*chosen)
+        if chosen is None:
+            return None
+        choice = Choice(*chosen)
+        due = self.config.adaptive and not any(view.live) and self._asked - self._went_through >= self._interval
+        if not due or not self.rule.might_not_pay(SURE):
+            return choice
+        self._interval = min(2 * self._interval, PROBE_EVERY * PROBE)
+        return self._through(choice)
+
+    def _through(self, choice: Choice) -> Choice:
+        """All segments at once, if it begins at the first."""
+        if choice.segment:
+            return choice
+        self._went_through = self._asked
+        return replace(choice, through=True)
 
     def _late_next(self, view: View, segment: int) -> bool:
         """Whether the buffer's first due token could be late if another pass came before its flush.

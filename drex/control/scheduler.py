@@ -23,7 +23,7 @@ from drex.control.deadlines import Deadlines
 from drex.control.decisions import Asked, Decided, Decisions
 from drex.control.drafts import Drafts
 from drex.control.placement import Placed, Placement
-from drex.control.plan import BoolArray, IntArray, Pass, PassResult, Verdicts
+from drex.control.plan import NO_EVALUATIONS, BoolArray, IntArray, Pass, PassResult, Verdicts
 from drex.control.policies import POLICIES, Checks, Choice, View
 from drex.control.seats import Seats
 from drex.control.selection import Selection
@@ -148,24 +148,36 @@ class Scheduler:
         assert len(spans)
         starts = seats.reached[segment + 1, spans]
         stops = starts + counts
-        placed = self.placement.place(segment, spans, starts, stops)
-        asked = self.decisions.ask(segment, spans, placed, checking=checking)
-        self.unchecked += asked.unasked
+        last = self.segments - 1 if choice.through and self._goes_through(spans, starts, stops) else segment
+        placed = [self.placement.place(each, spans, starts, stops) for each in range(segment, last + 1)]
+        asked = self.decisions.ask(last, spans, placed[-1], checking=checking)
+        self.unchecked += asked.unasked if last == segment else self.decisions.could_exit(asked)
         seats.idle[spans] = False
-        self._outstanding[number] = Work(spans, counts, placed, asked, standing.decoding)
-        return Pass(
-            number=number,
-            segment=segment,
-            starts=starts,
-            stops=stops,
-            sizes=placed.sizes,
-            full=placed.full,
-            visible=placed.visible,
-            tokens=seats.token[placed.seats, placed.positions] if segment == 0 else starts[:0],
-            fill=placed.fill,
-            context=placed.context,
-            evaluations=asked.evaluations,
-        )
+        self._outstanding[number] = Work(spans, counts, last, placed[-1], asked, standing.decoding)
+        then = None
+        for each in range(last, segment - 1, -1):
+            rows = placed[each - segment]
+            then = Pass(
+                number=number,
+                segment=each,
+                starts=starts,
+                stops=stops,
+                sizes=rows.sizes,
+                full=rows.full,
+                visible=rows.visible,
+                tokens=seats.token[rows.seats, rows.positions] if each == 0 else starts[:0],
+                fill=rows.fill,
+                context=rows.context,
+                evaluations=asked.evaluations if each == last else NO_EVALUATIONS,
+                then=then,
+            )
+        assert then is not None
+        return then
+
+    def _goes_through(self, spans: IntArray, starts: IntArray, stops: IntArray) -> bool:
+        """Whether a pass can run all segments: exits of a scored prompt are asked, whatever else is not."""
+        scored = self.seats.having["scored"] and self.seats.scored[spans].any()
+        return not scored and self.placement.goes_through(spans, starts, stops)
 
     # What a pass brought
 
@@ -201,10 +213,10 @@ class Scheduler:
 
     def _advance(self, done: Pass, work: Work, verdicts: Verdicts, now: float) -> None:
         """Rows have passed a segment: they are decided, or wait for the next one."""
-        seats, segment, asked = self.seats, done.segment, work.asked
+        seats, segment, asked = self.seats, work.last, work.asked
         settled = seats.settled[work.spans]
         with_live_row = (done.starts < settled) & (settled <= done.stops)
-        seats.reached[segment + 1, work.spans] = done.stops
+        seats.reached[done.segment + 1 : segment + 2, work.spans] = done.stops
         self.placement.passed(segment, work.placed)
         decided, written = self.decisions.take_in(segment, asked, verdicts, self._exits(segment, asked, verdicts))
         self.placement.skip_ahead(work.spans)
@@ -261,16 +273,22 @@ class Scheduler:
     def took(self, done: Pass, seconds: float) -> None:
         """Learn how long a committed pass took, the engine's own time included."""
         load, work, rule = Load.of(done), self._outstanding.pop(done.number), self.policy.rule
-        self.cost.observe(done.segment, load, seconds)
+        checked = done.then is None and not self.policy.resting
+        if done.then is None:
+            self.cost.observe(done.segment, load, seconds)
+        else:
+            self.cost.observe_through([Load.of(part) for part in done.parts], seconds)
         if not work.prompts:
-            rule.observe(work.decided, seconds, checked=not self.policy.resting)
+            rule.observe(work.decided, seconds, checked=checked)
             if done.segment == 0:
                 self._context = load.entries / load.spans
         elif work.live:
             # Prompts came along: the decode rows' share is what they would have taken alone.
             fills = int(work.counts[work.decoding[work.spans]].sum()) - work.live
-            alone = float(rule.seconds(done.segment, work.live, fills))
-            rule.observe(work.decided, alone, checked=not self.policy.resting)
+            alone = (
+                float(rule.seconds(done.segment, work.live, fills)) if done.then is None else rule.full_step(work.live)
+            )
+            rule.observe(work.decided, alone, checked=checked)
         rule.prepare(self.passes, self._context)
 
     def work(self, done: Pass) -> Work:
@@ -293,7 +311,8 @@ class Work:
 
     Attributes:
         spans, counts: seats of the pass's spans, and their rows.
-        placed: its rows.
+        last: segment that it runs.
+        placed: its rows there.
         asked: its evaluations.
         decoding: whether a request decodes, by seat.
         decided: tokens of decoding requests.
@@ -303,6 +322,7 @@ class Work:
 
     spans: IntArray
     counts: IntArray
+    last: int
     placed: Placed
     asked: Asked
     decoding: BoolArray

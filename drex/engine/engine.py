@@ -248,6 +248,7 @@ class Engine:
         return PassRecord(
             batch.number,
             batch.segment,
+            batch.then is not None,
             ready,
             live,
             work.prompts > 0,

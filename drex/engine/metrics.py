@@ -24,7 +24,7 @@ class PassRecord(NamedTuple):
     """One pass, as the engine saw it.
 
     Attributes:
-        number, segment: of the pass.
+        number, segment: of the pass, the first if it ran several; through: whether it did.
         ready: decoding requests before segment 0 when it was chosen.
         live: rows that waited at each segment (0 at segment 0).
         prompts: whether requests other than decoding ones took part.
@@ -37,6 +37,7 @@ class PassRecord(NamedTuple):
 
     number: int
     segment: int
+    through: bool
     ready: int
     live: tuple[int, ...]
     prompts: bool

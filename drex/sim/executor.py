@@ -122,11 +122,11 @@ class VirtualExecutor:
         self._submitted.append(batch)
 
     def collect(self) -> PassResult:
-        batch = self._submitted.popleft()
-        self._clock += self._cost.predict(batch.segment, Load.of(batch))
-        final = batch.segment == self._cost.segments - 1
-        said = None if final else self._exits(batch.segment, batch.evaluations)
-        return PassResult(verdicts(said, batch.evaluations))
+        *_, last = parts = self._submitted.popleft().parts
+        self._clock += sum(self._cost.predict(part.segment, Load.of(part)) for part in parts)
+        final = last.segment == self._cost.segments - 1
+        said = None if final else self._exits(last.segment, last.evaluations)
+        return PassResult(verdicts(said, last.evaluations))
 
 
 class Recorder:

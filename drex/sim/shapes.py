@@ -46,3 +46,10 @@ SHAPES = {
     "llama-2-13b": Shape(40, 5120, 13824, 40, 40, 32000),
     "qwen2.5-14b": Shape(48, 5120, 13824, 40, 8, 152064),
 }
+
+
+def shape_named(name: str) -> Shape:
+    """One of them. Raises ValueError for an unknown name."""
+    if name not in SHAPES:
+        raise ValueError(f"shape {name!r}: choose one of {', '.join(SHAPES)}")
+    return SHAPES[name]

@@ -67,7 +67,8 @@ class Machine:
         return batch
 
     def finish(self, scheduler: Scheduler, batch: Pass, result: PassResult | None = None) -> list[Request]:
-        seconds = CostModel(self.profile or nominal(scheduler.layout.lengths)).predict(batch.segment, Load.of(batch))
+        cost = CostModel(self.profile or nominal(scheduler.layout.lengths))
+        seconds = sum(cost.predict(part.segment, Load.of(part)) for part in batch.parts)
         self.now += seconds
         scheduler.commit(batch, result or self.execute(batch), self.now)
         touched = scheduler.record(batch)
@@ -75,8 +76,9 @@ class Machine:
         return touched
 
     def execute(self, batch: Pass) -> PassResult:
-        exits = self.exits(batch.evaluations, batch.segment)
-        return PassResult(made_up(batch.evaluations, np.where(exits, 0.75, 0.25), exits))
+        last = batch.parts[-1]
+        exits = self.exits(last.evaluations, last.segment)
+        return PassResult(made_up(last.evaluations, np.where(exits, 0.75, 0.25), exits))
 
     def exits(self, asked: Evaluations, segment: int) -> np.ndarray:
         where = zip(asked.draws, asked.positions.tolist(), strict=True)

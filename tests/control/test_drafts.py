@@ -16,6 +16,7 @@ from drex.control.acceptance import Acceptance, Compounding, isotonic
 from drex.control.cost import CostModel
 from drex.control.flush import ExitRates, FlushRule, Waiting
 from drex.control.plan import Pass, PassResult
+from drex.control.policies import Drex
 from drex.control.slots import SlotLayout
 from drex.request import FinishReason, Request
 from drex.sim.machines import MACHINES, roofline
@@ -48,7 +49,8 @@ class Speaker(Machine):
         return 4 + int(40 * drawn("wrong", name, position, segment))
 
     def execute(self, batch: Pass) -> PassResult:
-        asked, segment = batch.evaluations, batch.segment
+        last = batch.parts[-1]
+        asked, segment = last.evaluations, last.segment
         where = [(d.request_id, p) for d, p in zip(asked.draws, asked.positions.tolist(), strict=True)]
         sure = np.array([self.confidence(*each, segment) for each in where])
         exits = sure >= asked.thresholds
@@ -138,6 +140,52 @@ def test_tokens_are_those_of_early_exit_or_of_full_depth_and_nothing_leaks(
             assert output == expected
         if mode == "lossless":
             assert all(record.depth == len(lengths) and not record.checks for record in each.records)
+
+
+class Fitful(Drex):
+    """Rests now and then."""
+
+    @property
+    def resting(self) -> bool:
+        return self._asked % 9 < 5
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    lengths=st.sampled_from([(2, 2), (1, 3, 2), (1, 1, 1, 1)]),
+    fill=st.sampled_from(["recompute", "project", "alias", "mask"]),
+    sizes=st.lists(
+        st.tuples(st.integers(1, 9), st.integers(1, 24), st.sampled_from(["off", "trusted", "lossless"])),
+        min_size=1,
+        max_size=7,
+    ),
+    spare=st.sampled_from([0, 5, 100]),
+    chunk=st.sampled_from([1, 4, 64]),
+)
+def test_whenever_exits_are_left_unchecked_tokens_are_those_of_their_depth_and_nothing_leaks(
+    lengths: tuple[int, ...], fill: str, sizes: list[tuple[int, int, str]], spare: int, chunk: int
+) -> None:
+    tokens = max(2, max(prompt + out - 1 for prompt, out, _ in sizes) + spare)
+    config = EngineConfig(64, 4, chunk, tokens, 8, max_wait_passes=12)
+    scheduler = make_scheduler(config, SlotLayout(lengths), fill)
+    scheduler.policy = Fitful(config, scheduler.cost, fill)
+    modes = [mode if mode != "lossless" or fill == "recompute" else "trusted" for *_, mode in sizes]
+    requests = [asked(i, p, o, len(lengths), modes[i]) for i, (p, o, _) in enumerate(sizes)]
+    for each in requests:
+        scheduler.add(each, 0.0)
+    machine = Speaker(0.0)
+    machine.segments = len(lengths)
+    drain(scheduler, machine)
+    assert scheduler.pool.in_use == scheduler.pool.claimed == 0
+    assert scheduler.unchecked > 0 or max(out for _, out, _ in sizes) < 12
+    for each, mode in zip(requests, modes, strict=True):
+        name, first = each.request_id, len(each.prompt) - 1
+        assert [record.token_id for record in each.records] == [
+            machine.token(name, first + number, record.depth - 1, len(lengths))
+            for number, record in enumerate(each.records)
+        ]
+        if mode == "lossless":
+            assert each.tokens[len(each.prompt) :] == machine.expected(each, True)
 
 
 def test_open_rows_are_capped() -> None:
