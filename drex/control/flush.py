@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from drex.control.cost import CostModel
-from drex.control.outlook import Outlook
+from drex.control.outlook import LOAD_MOVED, Outlook
 from drex.control.plan import FloatArray
 from drex.control.yardstick import MOST_OWED
 
@@ -103,7 +103,7 @@ class FlushRule:
         self._checked = (0.0, 0.0, 0)
         self._ahead = self._lossless = False
         self._context, self._refreshed = 0.0, -1
-        self._decoding = 0
+        self._decoding = self._refreshed_for = 0
         self.outlook = Outlook(cost, kv_fill, most_owed)
         self._refresh()
 
@@ -190,9 +190,13 @@ class FlushRule:
             self._gain = self._tokens, self._tokens
 
     def prepare(self, pass_number: int, context: float) -> None:
-        """Refresh what decisions on a pass are read from, if it is time: where that can be done before one is due."""
-        if pass_number // REFRESH != self._refreshed:
-            self._refreshed, self._context = pass_number // REFRESH, context
+        """Refresh what decisions on a pass are read from, if it is time: where that can be done before one is due.
+
+        It is when load has moved, too.
+        """
+        period, before = pass_number // REFRESH, self._refreshed_for
+        if period != self._refreshed or abs(self._decoding - before) > LOAD_MOVED * before:
+            self._refreshed, self._refreshed_for, self._context = period, self._decoding, context
             self._refresh()
             if self.rates.known:
                 self.outlook.tick(pass_number, self._decoding, self._exits, context)

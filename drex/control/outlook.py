@@ -1,13 +1,16 @@
 """What could be earned now, solved in the background: θ*, ideal and full depth, and the decisions for two exit points.
 
 It is solved in a thread of its own from a copy of the cost model, and takes effect a fixed number of passes after it
-was asked for, so that a run can be replayed.
+was asked for, so that a run can be replayed. What was solved for other loads is kept: load comes and goes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
 
 from drex.control.cost import CostModel
 from drex.control.yardstick import MOST_OWED, Yardstick, measure
@@ -22,8 +25,22 @@ LOAD_MOVED, RATES_MOVED = 0.25, 0.1
 """What calls for it: requests that decode have changed by such a share, or an exit rate by so much."""
 
 
+class _Asked(NamedTuple):
+    """At which pass, with which exit rates, and for how many."""
+
+    at: int
+    exit_rates: tuple[float, ...]
+    decoding: int
+
+    def stale(self, pass_number: int, decoding: int, exit_rates: Sequence[float]) -> bool:
+        """Whether it should be solved again."""
+        if pass_number - self.at >= LIFETIME or abs(decoding - self.decoding) > LOAD_MOVED * self.decoding:
+            return True
+        return any(abs(a - b) > RATES_MOVED for a, b in zip(exit_rates, self.exit_rates, strict=True))
+
+
 class Outlook:
-    """The yardstick of the present load.
+    """The yardstick of the present load, or of the nearest one that was solved.
 
     Args:
         cost: of passes.
@@ -34,28 +51,28 @@ class Outlook:
     def __init__(self, cost: CostModel, kv_fill: str, most_owed: int = MOST_OWED) -> None:
         self._cost, self._kv_fill, self._most_owed = cost, kv_fill, most_owed
         self._solver: ThreadPoolExecutor | None = None
-        self._asked: tuple[int, Future[Yardstick]] | None = None
-        self._made_for, self._made_at = 0, 0
-        self._made_with: Sequence[float] = ()
+        self._under_way: tuple[_Asked, Future[Yardstick]] | None = None
+        self._solved: dict[int, tuple[_Asked, Yardstick]] = {}
         self.yardstick: Yardstick | None = None
 
     def tick(self, pass_number: int, decoding: int, exit_rates: Sequence[float], context: float) -> None:
         """Use what is due, or ask for what is stale. Called every so many passes."""
-        if self._asked is not None:
-            due, future = self._asked
-            if pass_number >= due:
-                self.yardstick, self._asked = future.result(), None
+        if self._under_way is not None and pass_number >= self._under_way[0].at + DELAY:
+            asked, future = self._under_way
+            self._under_way, self._solved[_size(asked.decoding)] = None, (asked, future.result())
+        if not decoding:
             return
-        moved = abs(decoding - self._made_for) > LOAD_MOVED * self._made_for
-        moved |= any(abs(a - b) > RATES_MOVED for a, b in zip(exit_rates, self._made_with, strict=False))
-        if decoding and (moved or pass_number - self._made_at >= LIFETIME):
-            self._made_for, self._made_at, self._made_with = decoding, pass_number, exit_rates
+        stale = True
+        if self._solved:
+            nearest = min(self._solved, key=lambda size: abs(size - _size(decoding)))
+            asked, self.yardstick = self._solved[nearest]
+            stale = asked.stale(pass_number, decoding, exit_rates)
+        if stale and self._under_way is None:
             self._solver = self._solver or ThreadPoolExecutor(1, thread_name_prefix="drex-outlook")
-            settings = {"grain": GRAIN, "most_owed": self._most_owed}
-            future = self._solver.submit(
-                measure, self._cost.copy(), tuple(exit_rates), decoding, context, self._kv_fill, **settings
-            )
-            self._asked = pass_number + DELAY, future
+            asked, cost = _Asked(pass_number, tuple(exit_rates), decoding), self._cost.copy()
+            solve = partial(measure, grain=GRAIN, most_owed=self._most_owed)
+            future = self._solver.submit(solve, cost, asked.exit_rates, decoding, context, self._kv_fill)
+            self._under_way = asked, future
 
     def choose(self, ready: int, first: int, second: int) -> int | None:
         """The segment to run with two exit points, by the requests that stand before each.
@@ -71,3 +88,7 @@ class Outlook:
             one, two = (one - 1, two) if one > two else (one, two - 1)
         segment = solved.choice[one, two]
         return segment if (ready, first, second)[segment] else None
+
+
+def _size(decoding: int) -> int:
+    return round(math.log(decoding) / math.log(1 + LOAD_MOVED))

@@ -312,6 +312,16 @@ def test_it_is_solved_again_when_the_load_has_changed_or_long_after() -> None:
     assert solved[:4] == [(DELAY, 8), (40 + DELAY, 11), (third + DELAY, 11), (fourth + DELAY, 11)]
 
 
+def test_what_was_solved_for_a_load_is_used_when_it_comes_back() -> None:
+    ahead, at = outlook(2), []
+    for number in range(120):
+        ahead.tick(number, 8 if number < 40 or number >= 80 else 2, (0.4,), CONTEXT)
+        at.append(ahead.yardstick.in_flight if ahead.yardstick else None)
+    # 8 serves for 2 until that is solved; 8 is at hand at once.
+    assert at[39 : 41 + DELAY] == [8] * (DELAY + 1) + [2]
+    assert at[79:82] == [2, 8, 8]
+
+
 def test_it_is_solved_again_when_exit_rates_have_changed() -> None:
     ahead = outlook(2)
     found = []
