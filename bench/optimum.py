@@ -71,11 +71,7 @@ def costed(records: Sequence[PassRecord], found: Found) -> float:
 
 
 def _predicted(record: PassRecord, cost: CostModel) -> float:
-    if not record.through:
-        return cost.predict(record.segment, record.load)
-    last, load = cost.segments - 1, record.load
-    unasked = sum(cost.predict(segment, load) for segment in range(last))
-    return unasked + cost.predict(last, load._replace(evaluations=load.spans))
+    return cost.predict_through(record.load) if record.through else cost.predict(record.segment, record.load)
 
 
 def requests(subject: Subject, cell: Cell, tokens: int) -> list[tuple[float, Request]]:

@@ -82,6 +82,21 @@ def test_what_is_unchecked_runs_all_segments_at_once_and_is_what_full_depth_says
     assert llm.engine.scheduler.pool.in_use == 0
 
 
+def test_prompts_are_scored_while_exits_are_left_unchecked(text_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full, llm = LLM(text_model, policy="full", dtype="float64"), make(text_model, "off")
+    llm.engine.history = []
+    monkeypatch.setattr(Drex, "resting", property(lambda self: True))
+    asked = SamplingParams(max_tokens=12, temperature=0.0, prompt_logprobs=0)
+    for mine, theirs in zip(llm.generate(PROMPTS, asked), full.generate(PROMPTS, asked), strict=True):
+        assert mine.prompt_logprobs is not None
+        assert theirs.prompt_logprobs is not None
+        logprobs = [[token.logprob for token in each.prompt_logprobs[1:]] for each in (mine, theirs)]
+        assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-9)
+    through = [record.through for record in llm.engine.history]
+    assert not through[0]
+    assert any(through), "a request whose prompt is scored decodes like others"
+
+
 def test_lossless_text_is_full_depths_whenever_exits_are_left_unchecked(
     text_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

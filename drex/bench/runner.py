@@ -169,7 +169,8 @@ def _run_ahead(cell: Cell) -> dict[str, Any]:
     """Drafts, and how many tokens a flush brought: a pass over the last segment, that no prompt took part in."""
     last = cell.engine.scheduler.segments - 1
     flushes = [record.tokens for record in cell.history if record.segment == last and not record.prompts]
-    per_flush = sum(record.tokens for record in cell.history if not record.prompts) / max(1, len(flushes))
+    tokens = sum(record.tokens for record in cell.history if not record.prompts and not record.through)
+    per_flush = tokens / max(1, len(flushes))
     return {**cell.engine.scheduler.drafts.report(), "tokens_per_flush": per_flush}
 
 

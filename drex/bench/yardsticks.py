@@ -54,6 +54,8 @@ def yardstick(cells: Sequence[Cell]) -> Found | None:
     scheduler = first.engine.scheduler
     cost = CostModel(scheduler.cost.profile)
     cost.fit([(record.segment, record.load, record.seconds) for record in seen])
+    for record in (record for cell in with_exits for record in cell.history if record.through and not record.prompts):
+        cost.observe_through(record.load, record.seconds)
     rates = _exit_rates(with_exits, scheduler.segments - 1)
     shallow = [record.load for record in seen if record.segment == 0]
     context = sum(load.entries for load in shallow) / max(1, sum(load.spans for load in shallow))

@@ -23,8 +23,8 @@ class KVPool:
         self, spec: ModelSpec, layout: SlotLayout, num_cells: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         shape = (layout.layers_per_cell, num_cells, spec.num_kv_heads, spec.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.memory = torch.empty(2, *shape, device=device, dtype=dtype)
+        self.keys, self.values = self.memory
         self.num_cells = num_cells
 
     def write(self, plane: int, cells: Tensor, keys: Tensor, values: Tensor) -> None:

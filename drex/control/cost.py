@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -103,12 +103,7 @@ class CostModel:
 
     def factors(self, segment: int, rows: FloatArray) -> FloatArray:
         """Corrections of passes by all their rows, those that only write K/V included."""
-        if not self._corrections[segment]:
-            return np.ones_like(rows)
-        sizes = np.round(np.log2(np.maximum(1.0, rows))).astype(np.int64)
-        known = [self._correction(segment, 2**size) for size in range(int(sizes.max(initial=0)) + 1)]
-        out: FloatArray = np.exp(np.array(known))[sizes]
-        return out
+        return _by_size(self._corrections[segment], rows)
 
     def head_seconds(self, segment: int, rows: float) -> float:
         """Evaluations of the head at a segment's end."""
@@ -118,17 +113,27 @@ class CostModel:
     def full_depth(self, rows: FloatArray, context: float) -> FloatArray:
         """Seconds in which all layers and the final head, no exit head, take `rows` requests one token further.
 
-        At once, as far as it was seen what that saves.
+        Segment by segment; `at_once` says what it takes less in one pass.
         """
         total = np.zeros_like(rows)
         for segment, cost in enumerate(self.profile.segments):
             total = total + self.decode(segment, rows, np.zeros_like(rows), context, runs=True)
             if segment < self.segments - 1:
                 total = total - cost.head.at(rows) * self.factors(segment, rows)
-        if self._through:
-            known = {size: value for size, (value, _) in self._through.items()}
-            total = total * np.exp([_nearest(known, _size(count)) for count in rows.tolist()])
         return total
+
+    def at_once(self, rows: FloatArray) -> FloatArray:
+        """What a pass over all segments takes, of what these take one by one; 1 until such passes were seen."""
+        return _by_size({size: value for size, (value, _) in self._through.items()}, rows)
+
+    def predict_through(self, load: Load) -> float:
+        """Seconds that a pass over all segments will take; the head at its end is evaluated."""
+        return self._one_by_one(load) * float(self.at_once(np.array([float(load.rows)]))[0])
+
+    def _one_by_one(self, load: Load) -> float:
+        last = self.segments - 1
+        before = sum(self.predict(segment, load._replace(evaluations=0)) for segment in range(last))
+        return before + self.predict(last, load)
 
     def observe(self, segment: int, load: Load, seconds: float) -> None:
         """Learn from a pass that was run."""
@@ -138,11 +143,10 @@ class CostModel:
         size, known = _size(load.rows + load.kv_rows), self._corrections[segment]
         known[size] = self._correction(segment, load.rows + load.kv_rows) + ADAPTATION * off
 
-    def observe_through(self, loads: Sequence[Load], seconds: float) -> None:
-        """Learn from a pass over all segments at once; loads are of each."""
-        predicted = sum(self.predict(segment, load) for segment, load in enumerate(loads))
-        off = min(CLIP, max(-CLIP, math.log(max(seconds, 1e-9) / predicted)))
-        size = _size(loads[0].rows)
+    def observe_through(self, load: Load, seconds: float) -> None:
+        """Learn from a pass over all segments."""
+        off = min(CLIP, max(-CLIP, math.log(max(seconds, 1e-9) / self._one_by_one(load))))
+        size = _size(load.rows)
         known, count = self._through.get(size, (0.0, 0))
         # The first few count alike: nothing is known of it before.
         weight = max(ADAPTATION, 1.0 / (count + 1))
@@ -167,6 +171,15 @@ class CostModel:
     def _correction(self, segment: int, rows: int) -> float:
         """Logarithm of the factor on a prediction: of this size of pass, or of the nearest one known."""
         return _nearest(self._corrections[segment], _size(rows))
+
+
+def _by_size(known: Mapping[int, float], rows: FloatArray) -> FloatArray:
+    """Factors, of logarithms that are known by size."""
+    if not known:
+        return np.ones_like(rows)
+    sizes = np.round(np.log2(np.maximum(1.0, rows))).astype(np.int64)
+    out: FloatArray = np.exp([_nearest(known, size) for size in range(int(sizes.max(initial=0)) + 1)])[sizes]
+    return out
 
 
 def _nearest(known: Mapping[int, float], size: int) -> float:

@@ -115,7 +115,7 @@ class FlushRule:
         """
         solved = self.outlook.yardstick
         if solved is not None and solved.optimal is not None and abs(solved.in_flight - self._decoding) <= 1:
-            return solved.optimal / solved.full * solved.in_flight / self.full_step(solved.in_flight)
+            return solved.optimal / solved.full * solved.in_flight / self._one_by_one(solved.in_flight)
         return self.achieved or 0.0
 
     @property
@@ -151,13 +151,21 @@ class FlushRule:
     @property
     def pays(self) -> bool | None:
         """Whether that is above full depth; None while either isn't known."""
-        solved, promised = self.outlook.yardstick, self.promises
-        return None if solved is None or promised is None else promised >= solved.full
+        full, promised = self.full, self.promises
+        return None if full is None or promised is None else promised >= full
 
     def might_not_pay(self, margin: float) -> bool:
         """Whether full depth times a margin would be above what checking exits earns, as far as that is known."""
-        solved, promised = self.outlook.yardstick, self.promises
-        return solved is not None and promised is not None and promised < margin * solved.full
+        full, promised = self.full, self.promises
+        return full is not None and promised is not None and promised < margin * full
+
+    @property
+    def full(self) -> float | None:
+        """Full depth's tokens a second at the load that was solved for, all segments at once; None until one was."""
+        solved = self.outlook.yardstick
+        if solved is None:
+            return None
+        return solved.full / float(self._at_once[min(solved.in_flight, len(self._at_once) - 1)])
 
     def observe(self, tokens: int, seconds: float, *, checked: bool = True) -> None:
         """Count a pass: tokens decided, what it took, and whether exits were checked at the time."""
@@ -204,7 +212,7 @@ class FlushRule:
     def _refresh(self) -> None:
         counts, context, costs = self.counts, self._context, self.cost.profile.segments
         self._exits = self.rates.all()
-        self._full = self.cost.full_depth(counts, context)
+        self._full, self._at_once = self.cost.full_depth(counts, context), self.cost.at_once(counts)
         self._rows = [cost.rows.at(counts) for cost in costs]
         self._live = [cost.live_seconds(counts, context) for cost in costs]
         self._factors = [self.cost.factors(segment, counts) for segment in range(len(costs))]
@@ -230,13 +238,16 @@ class FlushRule:
         return total
 
     def full_step(self, decoding: int) -> float:
-        """What a token takes at full depth with so many decoding, as of the last refresh."""
+        """What a token takes at full depth with so many decoding, all segments at once, as of the last refresh."""
+        return self._one_by_one(decoding) * float(self._at_once[min(decoding, len(self._at_once) - 1)])
+
+    def _one_by_one(self, decoding: int) -> float:
         return float(self._full[min(decoding, len(self._full) - 1)])
 
     def _full_rate(self) -> float:
-        """Tokens a second at full depth at this load."""
+        """Tokens a second at full depth at this load, segment by segment, which all gains are measured by."""
         decoding = max(1, self._decoding)
-        return decoding / self.full_step(decoding)
+        return decoding / self._one_by_one(decoding)
 
     def choose(self, waiting: Waiting) -> tuple[int, int] | None:
         """The segment to run, and how many of the ready rows where that is 0; None if nothing waits anywhere."""

@@ -32,11 +32,14 @@ class _Asked(NamedTuple):
     exit_rates: tuple[float, ...]
     decoding: int
 
-    def stale(self, pass_number: int, decoding: int, exit_rates: Sequence[float]) -> bool:
-        """Whether it should be solved again."""
-        if pass_number - self.at >= LIFETIME or abs(decoding - self.decoding) > LOAD_MOVED * self.decoding:
-            return True
-        return any(abs(a - b) > RATES_MOVED for a, b in zip(exit_rates, self.exit_rates, strict=True))
+    def stale(self, pass_number: int, exit_rates: Sequence[float]) -> bool:
+        """Whether it should be solved again, at whatever load."""
+        moved = any(abs(a - b) > RATES_MOVED for a, b in zip(exit_rates, self.exit_rates, strict=True))
+        return moved or pass_number - self.at >= LIFETIME
+
+    def near(self, decoding: int) -> bool:
+        """Whether the load is about this."""
+        return abs(decoding - self.decoding) <= LOAD_MOVED * self.decoding
 
 
 class Outlook:
@@ -62,12 +65,17 @@ class Outlook:
             self._under_way, self._solved[_size(asked.decoding)] = None, (asked, future.result())
         if not decoding:
             return
-        stale = True
+        wanted = True
         if self._solved:
-            nearest = min(self._solved, key=lambda size: abs(size - _size(decoding)))
-            asked, self.yardstick = self._solved[nearest]
-            stale = asked.stale(pass_number, decoding, exit_rates)
-        if stale and self._under_way is None:
+
+            def order(each: tuple[_Asked, Yardstick]) -> tuple[bool, bool, float]:
+                near = each[0].near(decoding)
+                off = abs(math.log(decoding / each[0].decoding))
+                return not near, near and each[0].stale(pass_number, exit_rates), off
+
+            asked, self.yardstick = min(self._solved.values(), key=order)
+            wanted = not asked.near(decoding) or asked.stale(pass_number, exit_rates)
+        if wanted and self._under_way is None:
             self._solver = self._solver or ThreadPoolExecutor(1, thread_name_prefix="drex-outlook")
             asked, cost = _Asked(pass_number, tuple(exit_rates), decoding), self._cost.copy()
             solve = partial(measure, grain=GRAIN, most_owed=self._most_owed)

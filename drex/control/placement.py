@@ -218,6 +218,7 @@ class Placement:
         held_by = [request.seat for request in self.seats if request.seat is not None]
         self.pool.check_integrity(held_by)
         self.arena.check_integrity()
+        assert self.seats.having == {name: np.count_nonzero(getattr(self.seats, name)) for name in self.seats.having}
         assert self.pool.claimed == sum(self.claimed(seat) for seat in held_by)
         for seat in held_by:
             reached = self.seats.reached[:, seat]

@@ -24,7 +24,9 @@ PROBE_WEIGHT = 8
 """Its rows count so many times for exit rates: they stand for those of all passes since the last one."""
 SURE = 1.25
 """`adaptive`: where checking exits promises less than so many times full depth, what that takes is tried: after
-`PROBE_EVERY` passes, and then ever more rarely."""
+`PROBE_EVERY` passes, and then ever more rarely, but"""
+MOST_RARELY = 1024
+"""after so many."""
 PROBE = 16
 """Under run-ahead that many in a row: what they earn shows once buffers have filled and were flushed."""
 
@@ -178,7 +180,9 @@ class Drex(Split):
         due = self.config.adaptive and not any(view.live) and self._asked - self._went_through >= self._interval
         if not due or not self.rule.might_not_pay(SURE):
             return choice
-        self._interval = min(2 * self._interval, PROBE_EVERY * PROBE)
+        if any(view.owed):
+            return Choice(max(range(len(view.owed)), key=lambda segment: view.owed[segment]), fills=True)
+        self._interval = min(2 * self._interval, MOST_RARELY)
         return self._through(choice)
 
     def _through(self, choice: Choice) -> Choice:

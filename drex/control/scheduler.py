@@ -176,7 +176,8 @@ class Scheduler:
 
     def _goes_through(self, spans: IntArray, starts: IntArray, stops: IntArray) -> bool:
         """Whether a pass can run all segments: exits of a scored prompt are asked, whatever else is not."""
-        scored = self.seats.having["scored"] and self.seats.scored[spans].any()
+        seats = self.seats
+        scored = seats.having["scored"] and (seats.scored[spans] & (starts < seats.prompt[spans] - 1)).any()
         return not scored and self.placement.goes_through(spans, starts, stops)
 
     # What a pass brought
@@ -277,7 +278,7 @@ class Scheduler:
         if done.then is None:
             self.cost.observe(done.segment, load, seconds)
         else:
-            self.cost.observe_through([Load.of(part) for part in done.parts], seconds)
+            self.cost.observe_through(Load.of(done.parts[-1]), seconds)
         if not work.prompts:
             rule.observe(work.decided, seconds, checked=checked)
             if done.segment == 0:

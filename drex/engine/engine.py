@@ -205,7 +205,7 @@ class Engine:
                 "early exit does not pay here: %.1f tokens/s at best against %.1f at full depth, with %d decoding; "
                 "`drex advise` says more, adaptive=True stops checking while this is so",
                 rule.promises,
-                found.full,
+                rule.full,
                 found.in_flight,
             )
 
@@ -213,7 +213,7 @@ class Engine:
         """Everything that is measured, for people and for metrics: times, exits, rates, costs, slots.
 
         Rates are tokens a second while decoding: `achieved` a moving average; `theta_star`, `ideal` and `full` solved
-        for about the present load, None until then.
+        for the present load or the nearest one that was solved, None until then.
         """
         scheduler, metrics = self.scheduler, self.metrics
         rule, found = scheduler.policy.rule, scheduler.policy.rule.outlook.yardstick
@@ -226,7 +226,7 @@ class Engine:
             "achieved": rule.achieved,
             "theta_star": found.optimal if found else None,
             "ideal": found.ideal if found else None,
-            "full": found.full if found else None,
+            "full": rule.full,
             "exit_rates": rule.rates.all(),
             "exits": {self._layers[depth - 1]: count for depth, count in sorted(metrics.exits.items())},
             "involuntary_exits": metrics.involuntary_exits,
@@ -244,7 +244,7 @@ class Engine:
     def _record(self, done: _UnderWay, seconds: float) -> PassRecord:
         batch, view, work = done.batch, done.view, self.scheduler.work(done.batch)
         ready, live = (view.ready, tuple(view.live)) if view is not None else (0, ())
-        load = Load.of(batch)
+        load = Load.of(batch.parts[-1])
         return PassRecord(
             batch.number,
             batch.segment,

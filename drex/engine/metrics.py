@@ -28,7 +28,7 @@ class PassRecord(NamedTuple):
         ready: decoding requests before segment 0 when it was chosen.
         live: rows that waited at each segment (0 at segment 0).
         prompts: whether requests other than decoding ones took part.
-        load: what it had to do.
+        load: what it had to do; of several segments at the last of them.
         gain: what flushing was predicted to be worth more than going on, in tokens, when both were possible and the
             yardstick for as many requests was at hand; else None.
         tokens: decided by it.

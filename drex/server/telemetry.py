@@ -91,23 +91,27 @@ class Telemetry:
     def passed(self, record: PassRecord) -> None:
         """A pass was run."""
         rows = record.load.rows + record.load.kv_rows
-        segment = self.segments[record.segment]
-        segment["passes"] += 1
-        segment["rows"] += rows
-        segment["seconds"] += record.seconds
+        ran = range(len(self.segments)) if record.through else range(record.segment, record.segment + 1)
+        # How long each took is not known where one pass ran all.
+        seconds, now = record.seconds / len(ran), time.monotonic()
+        for number in ran:
+            segment = self.segments[number]
+            segment["passes"] += 1
+            segment["rows"] += rows
+            segment["seconds"] += seconds
+            self.latest.append(
+                {
+                    "number": record.number,
+                    "time": now - seconds * (ran.stop - 1 - number),
+                    "seconds": seconds,
+                    "segment": number,
+                    "rows": rows,
+                    "waiting": list(record.live[1:]) or None,
+                }
+            )
         for boundary, waiting in enumerate(record.live[1:]):
             self._waited_seconds[boundary] += waiting * record.seconds
         self._iteration.observe(rows)
-        self.latest.append(
-            {
-                "number": record.number,
-                "time": time.monotonic(),
-                "seconds": record.seconds,
-                "segment": record.segment,
-                "rows": rows,
-                "waiting": list(record.live[1:]) or None,
-            }
-        )
 
     def emitted(self, event: Event, timing: Timing, now: float) -> None:
         """A request got tokens or ended."""

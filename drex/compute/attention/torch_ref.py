@@ -62,7 +62,7 @@ class TorchAttention:
                 row += size
 
     def _runs(self, starts: Sequence[int], length: int) -> tuple[Views, ...]:
-        return tuple((_views(self.pool.keys, s, length), _views(self.pool.values, s, length)) for s in starts)
+        return tuple(_views(self.pool.memory, start, length) for start in starts)
 
     @staticmethod
     def _scattered(tables: KVTables, segment: int, seat: int, length: int) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -101,15 +101,16 @@ class TorchAttention:
         return k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
 
 
-def _views(memory: Tensor, start: int, length: int) -> tuple[Tensor, ...]:
-    """Entries in consecutive cells at every plane, each (1, kv_heads, length, head_dim), made in one step.
+def _views(memory: Tensor, start: int, length: int) -> Views:
+    """Keys and values in consecutive cells at every plane, each (1, kv_heads, length, head_dim), made in one step.
 
-    memory: (planes, cells, kv_heads, head_dim).
+    memory: (2, planes, cells, kv_heads, head_dim).
     """
-    planes, _, kv_heads, head_dim = memory.shape
-    plane, cell, head, _ = memory.stride()
-    size, stride = (planes, 1, kv_heads, length, head_dim), (plane, 0, head, cell, 1)
-    return memory.as_strided(size, stride, memory.storage_offset() + start * cell).unbind(0)
+    _, planes, _, kv_heads, head_dim = memory.shape
+    _, plane, cell, head, _ = memory.stride()
+    size, stride = (2 * planes, 1, kv_heads, length, head_dim), (plane, 0, head, cell, 1)
+    views = memory.as_strided(size, stride, start * cell).unbind(0)
+    return views[:planes], views[planes:]
 
 
 def _mask(visible: IntArray, entries: int, device: torch.device) -> Tensor | None:
