@@ -29,7 +29,7 @@ from drex.control.cost import CostModel
 from drex.control.flush import ExitRates, FlushRule, Waiting
 from drex.control.outlook import DELAY
 from drex.control.plan import FloatArray
-from drex.control.yardstick import mean_pass_seconds, measure
+from drex.control.yardstick import MOST_FILLS, mean_pass_seconds, measure
 from drex.request import SamplingParams
 from drex.sim.machines import MACHINES, roofline
 from drex.sim.shapes import SHAPES
@@ -97,7 +97,7 @@ def rule_starts(cost: CostModel, count: int) -> list[int]:
     """What the online rule decides, by how many wait, once it knows the exit rate and θ*; fills are the mean ones."""
     rates = ExitRates(1)
     rates.observe(0, MANY, round(EXIT_RATE * MANY))
-    rule = FlushRule(cost, rates, "recompute", 2 * count + 2048)
+    rule = FlushRule(cost, rates, "recompute", 2 * count + 2048, MOST_FILLS)
     for pass_number in (0, DELAY):
         rule.tick(pass_number, count, CONTEXT)
     owed = EXIT_RATE / (1 - EXIT_RATE)
@@ -108,8 +108,10 @@ def rule_starts(cost: CostModel, count: int) -> list[int]:
 def decision(count: int) -> Panel:
     """Fixed flush sizes, the optimum and the online rule in the decision process, solved exactly."""
     cost, counts = CostModel(scenario(EXIT_RATE).profile), np.arange(count + 1.0)
-    found = measure(cost, (EXIT_RATE,), count, CONTEXT, "recompute")
-    shallow, flush = (mean_pass_seconds(cost, s, (EXIT_RATE,), counts, CONTEXT, "recompute") for s in (0, 1))
+    found = measure(cost, (EXIT_RATE,), count, CONTEXT, "recompute", most_owed=MOST_FILLS)
+    shallow, flush = (
+        mean_pass_seconds(cost, s, (EXIT_RATE,), counts, CONTEXT, "recompute", MOST_FILLS) for s in (0, 1)
+    )
 
     def of_full(rate: float | None) -> list[float]:
         assert rate is not None
