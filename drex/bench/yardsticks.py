@@ -16,6 +16,8 @@ from drex.control.yardstick import Yardstick, measure
 if TYPE_CHECKING:
     from drex.bench.runner import Cell
 
+EACH_ROW = ("drex", "split")
+"""Policies under which a row exits where its own confidence says so, and its token is out with that."""
 TIE = 0.005
 """Decisions whose worths are closer than this share of a token a request are ties, and counted apart."""
 
@@ -73,7 +75,18 @@ def _full_rate(cell: Cell) -> float | None:
 
 
 def _exit_rates(cells: Sequence[Cell], exits: int) -> tuple[float, ...]:
-    """Share of the checks at each exit point that reached the threshold."""
+    """Share of the checks at each exit point that reached the threshold.
+
+    Of the passes that are looked at, where a policy let each row decide for itself; else of all.
+    """
+    checks, reached = [0] * exits, [0] * exits
+    for cell in cells:
+        for record in cell.history if cell.policy in EACH_ROW else ():
+            if record.segment < exits and not record.prompts and not record.through:
+                checks[record.segment] += record.load.evaluations
+                reached[record.segment] += record.tokens
+    if all(checks):
+        return tuple(hit / count for hit, count in zip(reached, checks, strict=True))
     checks, reached = [0] * exits, [0] * exits
     for cell in cells:
         for exit_index in range(exits):

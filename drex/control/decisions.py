@@ -207,30 +207,41 @@ class Decisions:
         """Take in rows that stand on others, have others standing on them, or are to be gone on from."""
         seats, depth = self.seats, segment + 1
         of, positions = asked.seats, asked.evaluations.positions
-        verified = self._decided(depth, asked, verdicts, rows)
+        sure = rows[decided[rows]]
+        records = dict(zip(sure.tolist(), self._records(self._decided(depth, asked, verdicts, sure)), strict=True))
+        requests: list[Request] = seats.requests[of[rows]].tolist()
+        said = verdicts.tokens[rows].tolist(), verdicts.confidences[rows].tolist()
         void: set[Request] = set()
-        for number, request, record in zip(rows.tolist(), verified.requests, self._records(verified), strict=True):
-            position, token, sure = int(positions[number]), record.token_id, bool(decided[number])
+        verified: set[Request] = set()
+        gone: list[int] = []
+        columns = rows.tolist(), requests, positions[rows].tolist(), *said
+        for number, request, position, token, confidence in zip(*columns, strict=True):
             if request in void:
                 continue
+            record = records.get(number)
             stands = position + 1 < len(request.context)
-            if stands and not self.drafts.verify(request, position, token, record if sure else None):
-                void.add(request)
-                stands = False
-            if not stands and sure:
+            if stands:
+                verified.add(request)
+                if not self.drafts.verify(request, position, token, record):
+                    void.add(request)
+                    stands = False
+            if not stands and record is not None:
                 self.drafts.hold(request, token, record)
             elif not stands:
-                self.drafts.go_on(request, position, token, segment, record.confidence)
-            if sure:
-                seats.depth[of[number], position] = depth
-                if depth < seats.segments:
-                    self.placement.exited(of[number : number + 1], positions[number : number + 1], depth)
+                self.drafts.go_on(request, position, token, segment, confidence)
+            if record is not None:
+                gone.append(number)
+        seats.depth[of[gone], positions[gone]] = depth
+        if depth < seats.segments:
+            self.placement.exited(of[gone], positions[gone], depth)
         out = []
-        for request in dict.fromkeys(verified.requests):
+        for request in dict.fromkeys(requests):
             count = self.drafts.settle(request)
             if count:
                 seats.look_ahead(request)
                 out.append((request, count))
+            elif request in verified:
+                self.drafts.weigh(request)
         return out
 
     def _decided(self, depth: int, asked: Asked, verdicts: Verdicts, numbers: IntArray) -> Decided:

@@ -88,8 +88,9 @@ class Drafts:
             settled += 1
             if request.ending(record.token_id, request.num_output) is not None:
                 break
-        self.seats.settled[request.seat] += settled
-        self._weigh(request)
+        if settled:
+            self.seats.settled[request.seat] += settled
+            self.weigh(request)
         return settled
 
     def count_afresh(self) -> None:
@@ -109,11 +110,11 @@ class Drafts:
         seats.token[seat, len(request.context) - 1] = token
         seats.reached[0, seat] += 1
         seats.ended[seat] = number >= request.max_tokens or request.ends(token, number)
-        open_rows, chance = self._weigh(request)
+        open_rows, chance = self.weigh(request)
         request.ahead[-1] = entry._replace(open_rows=open_rows, chance=chance)
 
-    def _weigh(self, request: Request) -> tuple[int, float]:
-        """How likely the request's next row is to be of use: all that it stands on must be right.
+    def weigh(self, request: Request) -> tuple[int, float]:
+        """Note how likely the request's next row is to be of use: all that it stands on must be right.
 
         Returns how many open rows that is, and the product of their chances.
         """
