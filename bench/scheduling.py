@@ -22,6 +22,7 @@ from rich.table import Table
 from drex.bench.versions import versions
 from drex.config import EngineConfig
 from drex.control.cost import CostModel
+from drex.control.outlook import GRAIN
 from drex.control.yardstick import measure
 from drex.engine.driver import serve
 from drex.request import SamplingParams
@@ -94,7 +95,7 @@ def solving(in_flight: int, exits: int) -> float:
     cost, taken = CostModel(what.profile), []
     for _ in range(5):
         start = time.perf_counter()
-        measure(cost, what.exit_rates, in_flight, CONTEXT, "recompute")
+        measure(cost, what.exit_rates, in_flight, CONTEXT, "recompute", grain=GRAIN)
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
 

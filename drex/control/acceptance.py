@@ -18,6 +18,8 @@ PRIOR_WEIGHT = 4.0
 """As if so many tokens of each bin had been accepted in the share that its confidence says."""
 MEMORY = 1000.0
 """Tokens over which it is learnt: older ones fade by a factor e each so many."""
+FIT_EVERY = 8
+"""Tokens of an exit point after which its chances follow what was learnt."""
 
 
 class Acceptance:
@@ -32,6 +34,7 @@ class Acceptance:
         self._seen: FloatArray = np.full((exits, BINS), PRIOR_WEIGHT)
         self._right: FloatArray = np.tile(centres * PRIOR_WEIGHT, (exits, 1))
         self._chances: list[list[float]] = [centres.tolist()] * exits
+        self._since_fit = [0] * exits
         # Since the start, for reports: tokens, right ones, and the chances that were given them.
         self._totals: FloatArray = np.zeros((3, exits, BINS))
 
@@ -50,7 +53,10 @@ class Acceptance:
         hits *= fade
         seen[number] += 1.0
         hits[number] += right
-        self._chances[exit_index] = isotonic(hits / seen, seen).tolist()
+        self._since_fit[exit_index] += 1
+        if self._since_fit[exit_index] == FIT_EVERY:
+            self._since_fit[exit_index] = 0
+            self._chances[exit_index] = isotonic(hits / seen, seen).tolist()
 
     def count_afresh(self) -> None:
         """Reports are of what comes from now on; what was learnt stays."""
