@@ -102,7 +102,7 @@ def rule_starts(cost: CostModel, count: int) -> list[int]:
         rule.tick(pass_number, count, CONTEXT)
     owed = EXIT_RATE / (1 - EXIT_RATE)
     states = (Waiting(count - waiting, [0, waiting], [0, round(waiting * owed)]) for waiting in range(count + 1))
-    return [chosen[1] for chosen in map(rule.choose, states) if chosen is not None]
+    return [chosen[1] for chosen in map(rule.by_worth, states) if chosen is not None]
 
 
 def decision(count: int) -> Panel:

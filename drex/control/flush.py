@@ -6,8 +6,8 @@ earns one token in the end. Running the shallow segment on n ready rows is worth
     n - θ · [T_0(n) + ΔT_deep(n)]
 
 where ΔT_deep is what these rows will add to flushes that happen anyway. If no n makes that positive, a buffer is
-flushed. With several exit points the same comparison is made segment by segment, from the shallowest on; with two,
-where the optimum is solved, its table decides.
+flushed. With several exit points the same comparison is made segment by segment, from the shallowest on. Where the
+optimum is solved (one exit point or two, about the present load), its table decides.
 
 Invariants: what was observed takes effect at a refresh, and refreshes happen at recorded pass numbers, so that a run
 with the same results and times decides the same.
@@ -250,13 +250,20 @@ class FlushRule:
         return decoding / self._one_by_one(decoding)
 
     def choose(self, waiting: Waiting) -> tuple[int, int] | None:
-        """The segment to run, and how many of the ready rows where that is 0; None if nothing waits anywhere."""
-        if waiting.ready and not any(waiting.live):
-            return 0, waiting.ready
-        if len(waiting.live) == 3 and waiting.chances is None:
-            chosen = self.outlook.choose(waiting.ready, *waiting.live[1:])
+        """The segment to run, and how many of the ready rows where that is 0; None if nothing waits anywhere.
+
+        As solved, where that is at hand and all ready rows are sure to be of use; else by the rule.
+        """
+        if waiting.chances is None:
+            chosen = self.outlook.choose(waiting.ready, waiting.live[1:])
             if chosen is not None:
                 return chosen, waiting.ready
+        return self.by_worth(waiting)
+
+    def by_worth(self, waiting: Waiting) -> tuple[int, int] | None:
+        """As `choose`, by the rule alone."""
+        if waiting.ready and not any(waiting.live):
+            return 0, waiting.ready
         if waiting.ready:
             # The first that is no smaller stands for all of them.
             sizes = np.minimum(self._sizes[: 1 + self._sizes.searchsorted(waiting.ready)], waiting.ready)

@@ -82,15 +82,21 @@ class Outlook:
             future = self._solver.submit(solve, cost, asked.exit_rates, decoding, context, self._kv_fill)
             self._under_way = asked, future
 
-    def choose(self, ready: int, first: int, second: int) -> int | None:
-        """The segment to run with two exit points, by the requests that stand before each.
+    def choose(self, ready: int, live: Sequence[int]) -> int | None:
+        """The segment to run, by the requests that are ready and those that wait at each exit point.
 
-        None where nothing is solved yet, or what is solved names a segment that nothing waits for.
+        None where it isn't solved for about as many, or what is solved names a segment that nothing waits for.
         """
-        if self.yardstick is None or self.yardstick.two_exits is None:
+        found, total = self.yardstick, ready + sum(live)
+        if found is None or abs(found.in_flight - total) > LOAD_MOVED * found.in_flight:
             return None
-        solved = self.yardstick.two_exits
-        units, total = solved.units, ready + first + second
+        if found.one_exit is not None and ready and live[0]:
+            most = len(found.one_exit.flush) - 1
+            return int(found.one_exit.flush[min(most - 1, max(1, round(live[0] * most / total)))])
+        if found.two_exits is None:
+            return None
+        solved, (first, second) = found.two_exits, live
+        units = solved.units
         one, two = (max(1, round(count * units / total)) if count else 0 for count in (first, second))
         while one + two > units - (ready > 0):
             one, two = (one - 1, two) if one > two else (one, two - 1)

@@ -275,7 +275,7 @@ def test_a_solution_takes_effect_exactly_so_many_passes_after_it_was_asked_for(a
     for number in range(asked_at, asked_at + DELAY):
         ahead.tick(number, 6, (0.3, 0.3), CONTEXT)
         assert ahead.yardstick is None
-        assert ahead.choose(4, 1, 1) is None
+        assert ahead.choose(4, (1, 1)) is None
     ahead.tick(asked_at + DELAY, 6, (0.3, 0.3), CONTEXT)
     assert ahead.yardstick is not None
     assert ahead.yardstick.in_flight == 6
@@ -349,6 +349,23 @@ def test_nothing_is_solved_from_a_prior_alone(exits: int) -> None:
     assert rule.outlook.yardstick is not None
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_with_one_exit_point_what_is_solved_decides_where_the_load_is_about_that(shape: str) -> None:
+    cost, rates = CostModel(profile(shape, 1.0, 1.0)), (0.7,)
+    ahead = Outlook(cost, "recompute")
+    for number in (0, DELAY):
+        ahead.tick(number, 16, rates, CONTEXT)
+    solved = measure(cost, rates, 16, CONTEXT, "recompute").one_exit
+    assert solved is not None
+    for waiting in range(1, 16):
+        assert ahead.choose(16 - waiting, (waiting,)) == int(solved.flush[waiting])
+    assert ahead.choose(16, (0,)) is None
+    assert ahead.choose(0, (16,)) is None
+    # In shares of the requests, up to a quarter more or fewer.
+    assert ahead.choose(18, (2,)) == int(solved.flush[2])
+    assert ahead.choose(19, (2,)) is None
+
+
 def test_without_decoding_requests_nothing_is_solved() -> None:
     ahead = outlook()
     for number in range(3 * DELAY):
@@ -362,20 +379,12 @@ def test_it_never_names_a_segment_where_nothing_waits(solved_for: int) -> None:
     ahead.tick(0, solved_for, (0.4, 0.4), CONTEXT)
     ahead.tick(DELAY, solved_for, (0.4, 0.4), CONTEXT)
     named = set()
-    for total in (1, 2, 3, 4, 7, 16, 40):
+    for total in {max(1, round(share * solved_for)) for share in (0.75, 0.9, 1.0, 1.1, 1.25)}:
         for first in range(total + 1):
             for second in range(total + 1 - first):
                 waiting = (total - first - second, first, second)
                 if first or second:
-                    chosen = ahead.choose(*waiting)
+                    chosen = ahead.choose(waiting[0], waiting[1:])
                     assert chosen is None or waiting[chosen] > 0, waiting
                     named.add(chosen)
     assert named >= {1, 2}
-
-
-def test_with_one_exit_it_names_no_segment() -> None:
-    ahead = outlook(2)
-    ahead.tick(0, 6, (0.3,), CONTEXT)
-    ahead.tick(DELAY, 6, (0.3,), CONTEXT)
-    assert ahead.yardstick is not None
-    assert ahead.choose(4, 1, 1) is None
