@@ -26,9 +26,10 @@ from simulated import PROMPT, TOKENS, serve, speed
 from drex.bench.charts import Axis
 from drex.bench.yardsticks import yardstick
 from drex.control.cost import CostModel
-from drex.control.flush import ExitRates, FlushRule, Waiting
+from drex.control.flush import FlushRule, Waiting
 from drex.control.outlook import DELAY
 from drex.control.plan import FloatArray
+from drex.control.rates import ExitRates
 from drex.control.yardstick import MOST_FILLS, mean_pass_seconds, measure
 from drex.request import SamplingParams
 from drex.sim.machines import MACHINES, roofline

@@ -24,48 +24,17 @@ import numpy as np
 from drex.control.cost import CostModel
 from drex.control.outlook import LOAD_MOVED, Outlook
 from drex.control.plan import FloatArray
+from drex.control.rates import ExitRates
 from drex.control.yardstick import MOST_OWED
 
-PRIOR_RATE, PRIOR_WEIGHT = 0.5, 8.0
-"""Before anything was seen, as if this share of so many rows had exited."""
-MEMORY = 500.0
-"""Rows over which exit rates are remembered: older ones fade by a factor e each so many."""
 REFRESH = 16
 """Passes between refreshes of the tables that decisions are read from."""
 FEW = 32
 """From so many ready rows on, only multiples of 8 are considered, and all of them."""
 EARNING_MEMORY = 128.0
 """Passes over which θ is averaged."""
-KNOWN = 128.0
-"""Rows at an exit point, the prior's included, from which on exit rates are more than a prior."""
 ENOUGH = 64
 """Passes that tell what checking exits earns."""
-
-
-class ExitRates:
-    """Share of the rows at each exit point that exit there: a moving average from a prior."""
-
-    def __init__(self, exits: int) -> None:
-        self._exited = [PRIOR_RATE * PRIOR_WEIGHT] * exits
-        self._seen = [PRIOR_WEIGHT] * exits
-
-    def observe(self, exit_index: int, rows: int, exited: int) -> None:
-        """Count the rows of a pass."""
-        fade = math.exp(-rows / MEMORY)
-        self._seen[exit_index] = self._seen[exit_index] * fade + rows
-        self._exited[exit_index] = self._exited[exit_index] * fade + exited
-
-    def __getitem__(self, exit_index: int) -> float:
-        return self._exited[exit_index] / self._seen[exit_index]
-
-    @property
-    def known(self) -> bool:
-        """Whether so many were seen that it is worth solving anything with them. Requests may not use all exits."""
-        return max(self._seen, default=KNOWN) >= KNOWN
-
-    def all(self) -> tuple[float, ...]:
-        """At each exit point."""
-        return tuple(exited / seen for exited, seen in zip(self._exited, self._seen, strict=True))
 
 
 @dataclass(frozen=True)
@@ -103,7 +72,7 @@ class FlushRule:
         self._checked = (0.0, 0.0, 0)
         self._ahead = self._lossless = False
         self._context, self._refreshed = 0.0, -1
-        self._decoding = self._refreshed_for = 0
+        self._decoding = self._told = 0
         self.outlook = Outlook(cost, kv_fill, most_owed)
         self._refresh()
 
@@ -200,14 +169,15 @@ class FlushRule:
     def prepare(self, pass_number: int, context: float) -> None:
         """Refresh what decisions on a pass are read from, if it is time: where that can be done before one is due.
 
-        It is when load has moved, too.
+        The outlook hears of it, and when load has moved.
         """
-        period, before = pass_number // REFRESH, self._refreshed_for
-        if period != self._refreshed or abs(self._decoding - before) > LOAD_MOVED * before:
-            self._refreshed, self._refreshed_for, self._context = period, self._decoding, context
+        due, moved = pass_number // REFRESH != self._refreshed, abs(self._decoding - self._told)
+        if due:
+            self._refreshed, self._context = pass_number // REFRESH, context
             self._refresh()
-            if self.rates.known:
-                self.outlook.tick(pass_number, self._decoding, self._exits, context)
+        if (due or moved > LOAD_MOVED * self._told) and self.rates.known:
+            self._told = self._decoding
+            self.outlook.tick(pass_number, self._decoding, self._exits, context)
 
     def _refresh(self) -> None:
         counts, context, costs = self.counts, self._context, self.cost.profile.segments

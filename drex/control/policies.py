@@ -15,18 +15,17 @@ import numpy as np
 
 from drex.config import EngineConfig
 from drex.control.cost import CostModel
-from drex.control.flush import ExitRates, FlushRule, Waiting
+from drex.control.flush import FlushRule, Waiting
 from drex.control.plan import BoolArray, FloatArray
+from drex.control.rates import ExitRates
 
 PROBE_EVERY = 64
 """`adaptive`: while checking exits does not pay, one pass in so many checks all the same, to notice when it would."""
 PROBE_WEIGHT = 8
 """Its rows count so many times for exit rates: they stand for those of all passes since the last one."""
 SURE = 1.25
-"""`adaptive`: where checking exits promises less than so many times full depth, what that takes is tried: after
-`PROBE_EVERY` passes, and then ever more rarely, but"""
-MOST_RARELY = 1024
-"""after so many."""
+"""`adaptive`: where checking exits promises less than so many times full depth, what that takes is tried, first after
+`PROBE_EVERY` passes, then each time after twice as many, up to `PROBE_EVERY * PROBE`."""
 PROBE = 16
 """Under run-ahead that many in a row: what they earn shows once buffers have filled and were flushed."""
 
@@ -182,7 +181,7 @@ class Drex(Split):
             return choice
         if any(view.owed):
             return Choice(max(range(len(view.owed)), key=lambda segment: view.owed[segment]), fills=True)
-        self._interval = min(2 * self._interval, MOST_RARELY)
+        self._interval = min(2 * self._interval, PROBE_EVERY * PROBE)
         return self._through(choice)
 
     def _through(self, choice: Choice) -> Choice:

@@ -7,8 +7,6 @@ and placed by `drex.control.placement`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
 from operator import contains
 from typing import Any
 
@@ -22,13 +20,14 @@ from drex.control.cost import CostModel, Load
 from drex.control.deadlines import Deadlines
 from drex.control.decisions import Asked, Decided, Decisions
 from drex.control.drafts import Drafts
-from drex.control.placement import Placed, Placement
+from drex.control.placement import Placement
 from drex.control.plan import NO_EVALUATIONS, BoolArray, IntArray, Pass, PassResult, Verdicts
 from drex.control.policies import POLICIES, Checks, Choice, View
 from drex.control.seats import Seats
 from drex.control.selection import Selection
 from drex.control.slots import SlotLayout, SlotPool
 from drex.control.standing import Standing
+from drex.control.work import Work
 from drex.request import FinishReason, Request
 
 
@@ -137,7 +136,7 @@ class Scheduler:
 
     def _due(self, standing: Standing) -> list[float]:
         """When the first token of each buffer is due."""
-        if not self.seats.having["paced"] and self.config.max_slowdown is None:
+        if self.seats.due.min() == np.inf:
             return [np.inf] * self.segments
         return [_least(self.seats.due, waiting, np.inf) for waiting in standing.buffers]
 
@@ -304,39 +303,3 @@ class Scheduler:
 def _least(column: npt.NDArray[Any], seats: IntArray, default: float) -> Any:
     """The smallest entry of some seats."""
     return column[seats].min().item() if len(seats) else default
-
-
-@dataclass
-class Work:
-    """What an outstanding pass does.
-
-    Attributes:
-        spans, counts: seats of the pass's spans, and their rows.
-        last: segment that it runs.
-        placed: its rows there.
-        asked: its evaluations.
-        decoding: whether a request decodes, by seat.
-        decided: tokens of decoding requests.
-        touched: requests that got a token or ended.
-        unwritten: what is not in the requests' records yet.
-    """
-
-    spans: IntArray
-    counts: IntArray
-    last: int
-    placed: Placed
-    asked: Asked
-    decoding: BoolArray
-    decided: int = 0
-    touched: list[Request] = field(default_factory=list)
-    unwritten: Decided | None = None
-
-    @cached_property
-    def live(self) -> int:
-        """Decoding requests in it."""
-        return int(np.count_nonzero(self.decoding[self.spans]))
-
-    @property
-    def prompts(self) -> int:
-        """The other requests in it."""
-        return len(self.spans) - self.live

@@ -18,7 +18,7 @@ from drex.control.deadlines import pace
 from drex.control.plan import BoolArray, FloatArray, IntArray
 from drex.request import Request
 
-RARE = ("drafting", "lossless", "decaying", "scored", "patient", "fewest", "paced")
+RARE = ("drafting", "lossless", "decaying", "scored", "patient", "fewest")
 """Columns that few requests have anything in: whole passes go without a look at them."""
 
 
@@ -43,7 +43,6 @@ class Seats:
         claimed_length: positions whose slots are claimed.
         since: the pass at which the live row came to where it waits.
         due: when the next token is due; pace: the target for each. Seconds, infinite where there is none.
-        paced: whether there is such a target.
         threshold: of the first row that is not settled at each exit; NaN where it may not exit. (segments - 1, seats).
         decaying: whether later rows have other thresholds.
         scored: whether prompt rows are measured; patient: whether any of its rules counts agreeing exits.
@@ -72,7 +71,6 @@ class Seats:
         self.since: IntArray = np.zeros(seats, dtype=np.int64)
         self.due: FloatArray = np.full(seats, np.inf)
         self.pace: FloatArray = np.full(seats, np.inf)
-        self.paced: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.threshold: FloatArray = np.full((segments - 1, seats), np.nan)
         self.decaying: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.scored: BoolArray = np.zeros(seats, dtype=np.bool_)
@@ -121,7 +119,6 @@ class Seats:
         self.drafting[seat], self.lossless[seat] = request.run_ahead != "off", request.run_ahead == "lossless"
         self.ended[seat], self.chance[seat] = False, 1.0
         self.due[seat], self.pace[seat] = request.due, pace(request.params)
-        self.paced[seat] = self.pace[seat] < np.inf
         self.decaying[seat] = request.rule.schedule != "constant"
         self.scored[seat] = request.score_rule is not None
         self.fewest[seat], self.most[seat] = request.params.min_tokens, request.max_tokens
@@ -150,7 +147,7 @@ class Seats:
         self.reached[:, seat] = self.prompt[seat] = self.settled[seat] = 0
         self.drafting[seat] = self.lossless[seat] = False
         self.due[seat] = self.pace[seat] = np.inf
-        self.paced[seat] = self.decaying[seat] = self.scored[seat] = self.patient[seat] = False
+        self.decaying[seat] = self.scored[seat] = self.patient[seat] = False
         self.fewest[seat] = 0
         heapq.heappush(self._empty, seat)
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from drex.config import EngineConfig, policy_settings
 from drex.control.acceptance import Acceptance, Compounding, isotonic
 from drex.control.cost import CostModel
-from drex.control.flush import ExitRates, FlushRule, Waiting
+from drex.control.flush import FlushRule, Waiting
 from drex.control.plan import Pass, PassResult
 from drex.control.policies import Drex
+from drex.control.rates import ExitRates
 from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
 from drex.request import FinishReason, Request

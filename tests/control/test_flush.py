@@ -12,9 +12,10 @@ from helpers import SHAPES, profile
 from markov import Floats, State, best_by_value_iteration, earned, process
 
 from drex.control.cost import CostModel, Load
-from drex.control.flush import EARNING_MEMORY, KNOWN, MEMORY, REFRESH, ExitRates, FlushRule, Waiting
+from drex.control.flush import EARNING_MEMORY, REFRESH, FlushRule, Waiting
 from drex.control.outlook import DELAY, GRAIN, LIFETIME, Outlook
 from drex.control.profile import Profile
+from drex.control.rates import KNOWN, MEMORY, ExitRates
 from drex.control.solver import solve_one_exit, solve_two_exits
 from drex.control.yardstick import mean_pass_seconds, measure
 
