@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from drex.bench.subject import Subject, synthetic
 from drex.compute.attention.torch_ref import TorchAttention
@@ -164,11 +163,11 @@ def _products(decoder: Decoder, rows: int) -> float:
 
     def run() -> None:
         for layer in layers:
-            F.linear(hidden, layer.qkv)
-            F.linear(attended, layer.out)
-            F.linear(hidden, layer.gate_up)
-            F.linear(gated, layer.down)
-        F.linear(hidden, decoder.lm_head)
+            layer.qkv(hidden)
+            layer.out(attended)
+            layer.gate_up(hidden)
+            layer.down(gated)
+        decoder.lm_head(hidden)
 
     run()
     graph = torch.cuda.CUDAGraph()
@@ -190,7 +189,7 @@ def exit_checks(long: bool) -> list[dict[str, Any]]:
         profiler = Profiler(runner, config, model.exits.rule, model.exits.kv_fill)
         for count in counts:
             hidden = profiler.hidden(count)
-            product = seconds(partial(F.linear, hidden, model.decoder.lm_head))
+            product = seconds(partial(model.decoder.lm_head, hidden))
             whole = profiler.head_seconds(0, count)
             out.append(
                 {

@@ -14,6 +14,7 @@ from drex.bench import bench
 from drex.bench.bench import Workload, random_prompts
 from drex.bench.runner import Cell
 from drex.bench.subject import Subject, synthetic
+from drex.compute.linear import Linear
 from drex.compute.segments import SegmentRunner, Started
 from drex.config import EngineConfig
 from drex.control.plan import Pass, Verdicts
@@ -175,14 +176,15 @@ def _as_transformers(subject: Subject) -> Any:
         model: Any = LlamaForCausalLM(spec.config)  # type: ignore[arg-type]
     heads, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     state = {"model.embed_tokens.weight": decoder.embedding, "model.norm.weight": decoder.final_norm_weight}
-    state["lm_head.weight"] = decoder.lm_head
+    state["lm_head.weight"] = _weight(decoder.lm_head)
     for number, layer in enumerate(decoder.layers):
         at = f"model.layers.{number}"
-        parts = zip("qkv", layer.qkv.split([heads, kv, kv]), strict=True)
+        parts = zip("qkv", _weight(layer.qkv).split([heads, kv, kv]), strict=True)
         state |= {f"{at}.self_attn.{name}_proj.weight": part for name, part in parts}
-        gate, up = layer.gate_up.chunk(2)
+        gate, up = _weight(layer.gate_up).chunk(2)
         state |= {f"{at}.mlp.gate_proj.weight": gate, f"{at}.mlp.up_proj.weight": up}
-        state[f"{at}.self_attn.o_proj.weight"], state[f"{at}.mlp.down_proj.weight"] = layer.out, layer.down
+        state[f"{at}.self_attn.o_proj.weight"] = _weight(layer.out)
+        state[f"{at}.mlp.down_proj.weight"] = _weight(layer.down)
         state[f"{at}.input_layernorm.weight"] = layer.attention_norm
         state[f"{at}.post_attention_layernorm.weight"] = layer.mlp_norm
     model.load_state_dict(state, strict=True, assign=True)
@@ -190,6 +192,12 @@ def _as_transformers(subject: Subject) -> Any:
     model.model.rotary_emb = type(model.model.rotary_emb)(spec.config, device=decoder.device)
     model.set_attn_implementation("sdpa_paged")
     return model.eval()
+
+
+def _weight(product: Linear) -> torch.Tensor:
+    """As transformers lays it out; on a GPU none is packed."""
+    assert isinstance(product, torch.nn.Linear)
+    return product.weight
 
 
 def _continuous_batching(model: Any, prompts: list[list[int]], wanted: list[int]) -> float:

@@ -70,6 +70,7 @@ def _only_import() -> dict[str, int]:
 def _serve(folder: str, dtype: str) -> dict[str, int]:
     """Load a model with its own exit settings and generate, every byte of its K/V pool touched."""
     from drex import LLM, SamplingParams
+    from drex.compute.linear import PackedLinear
     from drex.engine.torch_executor import TorchExecutor
 
     llm = LLM(folder, dtype=dtype, max_num_seqs=IN_FLIGHT, max_model_len=368, profile="measure")
@@ -81,10 +82,11 @@ def _serve(folder: str, dtype: str) -> dict[str, int]:
     draw = random.Random(0)
     prompts = [[draw.randrange(3, model.decoder.spec.vocab_size) for _ in range(PROMPT)] for _ in range(IN_FLIGHT)]
     llm.generate(prompts, SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True), use_tqdm=False)
-    heads = [parameter for head, _ in model.heads for parameter in head.parameters()]
+    heads = [parameter.nbytes for head, _ in model.heads for parameter in head.parameters()]
+    heads += [m.weight_bytes for head, _ in model.heads for m in head.modules() if isinstance(m, PackedLinear)]
     return {
         "peak": peak_bytes(),
-        "weights": model.decoder.weight_bytes + sum(p.numel() * p.element_size() for p in heads),
+        "weights": model.decoder.weight_bytes + sum(heads),
         "kv_pool": pool.keys.nbytes + pool.values.nbytes,
     }
 

@@ -19,6 +19,7 @@ from drex.checkpoint import ExitSpec
 from drex.compute.decoder import Decoder, LayerWeights
 from drex.compute.device import has_fast_bfloat16
 from drex.compute.heads import ExitHead
+from drex.compute.linear import linear
 from drex.compute.load import LoadedModel, inspect_model, load_model, pick_device
 from drex.compute.segments import SegmentRunner
 from drex.compute.spec import ModelSpec
@@ -154,23 +155,19 @@ def _random_decoder(shape: Shape, length: int, device: torch.device, dtype: torc
     layers = [
         LayerWeights(
             attention_norm=ones(),
-            qkv=matrix(both, shape.hidden),
-            qkv_bias=None,
+            qkv=linear(matrix(both, shape.hidden)),
             q_norm=None,
             k_norm=None,
-            out=matrix(shape.hidden, query),
-            out_bias=None,
+            out=linear(matrix(shape.hidden, query)),
             mlp_norm=ones(),
-            gate_up=matrix(2 * shape.intermediate, shape.hidden),
-            gate_up_bias=None,
-            down=matrix(shape.hidden, shape.intermediate),
-            down_bias=None,
+            gate_up=linear(matrix(2 * shape.intermediate, shape.hidden)),
+            down=linear(matrix(shape.hidden, shape.intermediate)),
         )
         for _ in range(shape.layers)
     ]
     embedding = matrix(shape.vocab, shape.hidden)
     lm_head = embedding if shape.tied else matrix(shape.vocab, shape.hidden)
-    return Decoder(ModelSpec.from_hf(config, frozenset()), embedding, layers, ones(), lm_head)
+    return Decoder(ModelSpec.from_hf(config, frozenset()), embedding, layers, ones(), linear(lm_head))
 
 
 def read_prompts(path: str | Path, subject: Subject) -> list[tuple[int, ...]]:

@@ -10,32 +10,32 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from drex.compute.linear import Linear, weight_bytes
 from drex.compute.spec import ModelSpec
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer. Shapes: qkv ((heads + 2 kv_heads) head_dim, hidden), gate_up (2 intermediate, hidden)."""
+    """One layer. Shapes: qkv hidden -> (heads + 2 kv_heads) head_dim, gate_up hidden -> 2 intermediate."""
 
     attention_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
+    out: Linear
     mlp_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    gate_up: Linear
+    down: Linear
 
-    def tensors(self) -> list[Tensor]:
-        """Those that there are."""
-        return [tensor for tensor in vars(self).values() if tensor is not None]
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all of it."""
+        products = sum(weight_bytes(product) for product in (self.qkv, self.out, self.gate_up, self.down))
+        norms = (self.attention_norm, self.q_norm, self.k_norm, self.mlp_norm)
+        return products + sum(norm.nbytes for norm in norms if norm is not None)
 
 
 class Decoder:
@@ -46,11 +46,11 @@ class Decoder:
         embedding: (vocab, hidden).
         layers: in order.
         final_norm: (hidden,).
-        lm_head: (vocab, hidden); the embedding itself where tied.
+        lm_head: hidden -> vocab; with the embedding itself where tied.
     """
 
     def __init__(
-        self, spec: ModelSpec, embedding: Tensor, layers: Sequence[LayerWeights], final_norm: Tensor, lm_head: Tensor
+        self, spec: ModelSpec, embedding: Tensor, layers: Sequence[LayerWeights], final_norm: Tensor, lm_head: Linear
     ) -> None:
         self.spec, self.embedding, self.layers = spec, embedding, list(layers)
         self.final_norm_weight, self.lm_head = final_norm, lm_head
@@ -65,10 +65,11 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights; a tied head counts once."""
-        tensors = {id(t): t for layer in self.layers for t in layer.tensors()}
-        tensors.update({id(t): t for t in (self.embedding, self.final_norm_weight, self.lm_head)})
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        """Bytes of all weights as they lie in memory; a tied head counts once, but where it is packed."""
+        layers = sum(layer.weight_bytes for layer in self.layers)
+        shared = isinstance(self.lm_head, nn.Linear) and self.lm_head.weight.data_ptr() == self.embedding.data_ptr()
+        head = 0 if shared else weight_bytes(self.lm_head)
+        return layers + self.embedding.nbytes + self.final_norm_weight.nbytes + head
 
     def rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
         """(cos, sin) for positions 0 … length - 1, each (length, head_dim / 2), as transformers computes them."""
@@ -95,11 +96,7 @@ class Decoder:
         """
         spec = self.spec
         heads, kv = spec.num_heads, spec.num_kv_heads
-        normed = self.norm(hidden, layer.attention_norm)
-        if self._narrow(len(hidden)):
-            fused = _columns(layer.qkv, normed.t(), layer.qkv_bias).t().contiguous()
-        else:
-            fused = F.linear(normed, layer.qkv, layer.qkv_bias)
+        fused = layer.qkv(self.norm(hidden, layer.attention_norm))
         qk, v = fused.view(len(hidden), -1, spec.head_dim).split([heads + kv, kv], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = qk.split([heads, kv], dim=1)
@@ -109,23 +106,9 @@ class Decoder:
 
     def finish_layer(self, layer: LayerWeights, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection and MLP, with residuals. Shapes: attended (rows, heads * head_dim) -> (rows, hidden)."""
-        if self._narrow(len(hidden)):
-            hidden = hidden + _columns(layer.out, attended.t(), layer.out_bias).t()
-            normed = self.norm(hidden, layer.mlp_norm)
-            gate, up = _columns(layer.gate_up, normed.t(), layer.gate_up_bias).chunk(2, dim=0)
-            return hidden + _columns(layer.down, F.silu(gate).mul_(up), layer.down_bias).t()
-        hidden = hidden + F.linear(attended, layer.out, layer.out_bias)
-        normed = self.norm(hidden, layer.mlp_norm)
-        gate, up = F.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias)
-
-    def _narrow(self, rows: int) -> bool:
-        """Whether W x^T is to be computed instead of x W^T, which is the same.
-
-        MKL's float32 product is up to twice as fast that way round for a handful of rows, and slower beyond.
-        """
-        suits = self.dtype == torch.float32 and self.device.type == "cpu"
-        return suits and 4 <= rows <= 48 and rows * self.spec.hidden_size >= 4096
+        hidden = hidden + layer.out(attended)
+        gate, up = layer.gate_up(self.norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
+        return hidden + layer.down(F.silu(gate).mul_(up))
 
 
 def _rotary_frequencies(spec: ModelSpec) -> tuple[Tensor, float]:
@@ -137,11 +120,6 @@ def _rotary_frequencies(spec: ModelSpec) -> tuple[Tensor, float]:
         return inv_freq.float(), float(scaling)
     exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
     return 1.0 / rope["rope_theta"] ** exponents, 1.0
-
-
-def _columns(weight: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
-    """weight @ columns + bias. Shapes: (out, in), (in, rows), (out,) -> (out, rows)."""
-    return weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from drex.compute.decoder import LayerWeights
@@ -129,11 +128,11 @@ class FusedLayers:
     def _mlp(self, layer: LayerWeights, hidden: Tensor, attended: Tensor, normed: Tensor) -> Tensor:
         """Output projection, its residual added in place, and what the MLP adds to that. `normed` is overwritten."""
         eps = self.machinery.decoder.spec.eps
-        add_norm(hidden, F.linear(attended, layer.out, layer.out_bias), layer.mlp_norm, eps, normed)
-        gate_up = F.linear(normed, layer.gate_up, layer.gate_up_bias)
+        add_norm(hidden, layer.out(attended), layer.mlp_norm, eps, normed)
+        gate_up = layer.gate_up(normed)
         gated = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
         gate(gate_up, gated)
-        return F.linear(gated, layer.down, layer.down_bias)
+        return layer.down(gated)
 
 
 def _graph_room(size: Size, parts: int) -> Room:
@@ -174,7 +173,7 @@ class _Attention:
         queries = normed.new_empty(len(normed), spec.num_heads, spec.head_dim)
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         rotate_and_write(
-            F.linear(normed, layer.qkv, layer.qkv_bias),
+            layer.qkv(normed),
             field["positions"],
             field["cells"][part],
             field["counts"],

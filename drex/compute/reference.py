@@ -15,6 +15,7 @@ from drex.compute.batch import PassTensors
 from drex.compute.decoder import Decoder
 from drex.compute.heads import ExitHead
 from drex.compute.kv import KVPool, KVTables
+from drex.compute.linear import Linear
 from drex.control.plan import Pass
 from drex.control.slots import SlotLayout
 
@@ -52,17 +53,17 @@ class Machinery(NamedTuple):
 
     def logits(self, segment: int, hidden: Tensor) -> Tensor:
         """Of the head at a segment's end. Shapes: (rows, hidden) -> (rows, vocab)."""
-        return F.linear(self.features(segment, hidden), self.vocabulary(segment))
+        return self.vocabulary(segment)(self.features(segment, hidden))
 
     def features(self, segment: int, hidden: Tensor) -> Tensor:
-        """What the head's vocabulary matrix multiplies. Shapes: (rows, hidden) -> (rows, hidden)."""
+        """What the head multiplies with its vocabulary matrix. Shapes: (rows, hidden) -> (rows, hidden)."""
         norm = self.decoder.final_norm
         return norm(hidden) if self.is_final(segment) else self.heads[segment][0].features(hidden, norm)
 
-    def vocabulary(self, segment: int) -> Tensor:
-        """The head's matrix, (vocab, hidden)."""
+    def vocabulary(self, segment: int) -> Linear:
+        """The head's product with its vocabulary matrix, hidden -> vocab."""
         own = None if self.is_final(segment) else self.heads[segment][0].head
-        return self.decoder.lm_head if own is None else own.weight
+        return self.decoder.lm_head if own is None else own
 
 
 class Ends(NamedTuple):

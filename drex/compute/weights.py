@@ -17,6 +17,7 @@ from torch import Tensor
 from drex.checkpoint import ExitSpec
 from drex.compute.decoder import Decoder, LayerWeights
 from drex.compute.heads import ExitHead
+from drex.compute.linear import linear, pack_inside
 from drex.compute.spec import ModelSpec, read_json
 
 T = TypeVar("T")
@@ -117,22 +118,30 @@ def load_decoder(folder: Path, spec: ModelSpec, device: torch.device, dtype: tor
         layers.append(
             LayerWeights(
                 attention_norm=one(f"{name}.input_layernorm.weight", hidden),
-                qkv=stacked(attention, qkv, "weight", hidden),
-                qkv_bias=stacked(attention, qkv, "bias") if spec.qkv_bias else None,
+                qkv=linear(
+                    stacked(attention, qkv, "weight", hidden),
+                    stacked(attention, qkv, "bias") if spec.qkv_bias else None,
+                ),
                 q_norm=one(f"{attention}.q_norm.weight", spec.head_dim) if spec.qk_norm else None,
                 k_norm=one(f"{attention}.k_norm.weight", spec.head_dim) if spec.qk_norm else None,
-                out=one(f"{attention}.o_proj.weight", hidden, heads),
-                out_bias=one(f"{attention}.o_proj.bias", hidden) if spec.out_bias else None,
+                out=linear(
+                    one(f"{attention}.o_proj.weight", hidden, heads),
+                    one(f"{attention}.o_proj.bias", hidden) if spec.out_bias else None,
+                ),
                 mlp_norm=one(f"{name}.post_attention_layernorm.weight", hidden),
-                gate_up=stacked(mlp, gate_up, "weight", hidden),
-                gate_up_bias=stacked(mlp, gate_up, "bias") if spec.mlp_bias else None,
-                down=one(f"{mlp}.down_proj.weight", hidden, spec.intermediate_size),
-                down_bias=one(f"{mlp}.down_proj.bias", hidden) if spec.mlp_bias else None,
+                gate_up=linear(
+                    stacked(mlp, gate_up, "weight", hidden),
+                    stacked(mlp, gate_up, "bias") if spec.mlp_bias else None,
+                ),
+                down=linear(
+                    one(f"{mlp}.down_proj.weight", hidden, spec.intermediate_size),
+                    one(f"{mlp}.down_proj.bias", hidden) if spec.mlp_bias else None,
+                ),
             )
         )
     embedding = one("model.embed_tokens.weight", spec.vocab_size, hidden)
     lm_head = embedding if spec.tied else one("lm_head.weight", spec.vocab_size, hidden)
-    return Decoder(spec, embedding, layers, one("model.norm.weight", hidden), lm_head)
+    return Decoder(spec, embedding, layers, one("model.norm.weight", hidden), linear(lm_head))
 
 
 def load_exit_head(
@@ -153,6 +162,7 @@ def load_exit_head(
         for name, parameter in head.named_parameters():
             files.read(f"{prefix}.{name}", parameter.shape, parameter)
     head.requires_grad_(False)
+    pack_inside(head)
     if f"{prefix}.probe.weight" not in files:
         return head, None
     weight = torch.empty(2, spec.hidden_size, device=device, dtype=dtype)
