@@ -16,7 +16,7 @@ class PassTensors:
     """Index vectors of a pass.
 
     Shapes: tokens (full,) at segment 0, else (0,); arena (full,), fill_arena (fill,); positions (full + fill,);
-    cells (parts, full + fill); evaluated (evaluations,), into the full rows.
+    cells (parts of all its segments, full + fill); evaluated (evaluations,), into the full rows.
     """
 
     tokens: Tensor
@@ -29,7 +29,11 @@ class PassTensors:
     @classmethod
     def of(cls, batch: Pass, device: torch.device) -> PassTensors:
         """Put a pass's numbers on the device."""
-        full, fill = batch.full, batch.fill
+        full, fill, segments = batch.full, batch.fill, batch.parts
+        if fill.size:
+            cells = np.concatenate((full.cells, fill.cells), axis=1)
+        else:
+            cells = np.concatenate([each.full.cells for each in segments])
 
         def put(numbers: IntArray) -> Tensor:
             return torch.from_numpy(numbers).to(device)
@@ -39,6 +43,6 @@ class PassTensors:
             arena=put(full.arena),
             fill_arena=put(fill.arena),
             positions=put(np.concatenate((full.positions, fill.positions)) if fill.size else full.positions),
-            cells=put(np.concatenate((full.cells, fill.cells), axis=1) if fill.size else full.cells),
-            evaluated=put(batch.evaluations.rows),
+            cells=put(cells),
+            evaluated=put(segments[-1].evaluations.rows),
         )

@@ -50,6 +50,12 @@ class FusedLayers:
 
     def run(self, batch: Pass) -> Ends:
         """As of `Layers`."""
+        for segment in batch.parts:
+            ends = self._segment(segment)
+        return ends
+
+    def _segment(self, batch: Pass) -> Ends:
+        """One of a pass's segments. Logits there are where something is evaluated."""
         machinery, segment = self.machinery, batch.segment
         machinery.tables.hear(segment, batch.context.fresh)
         parts = machinery.layout.parts(segment)

@@ -25,7 +25,17 @@ class KVPool:
         shape = (layout.layers_per_cell, num_cells, spec.num_kv_heads, spec.head_dim)
         self.memory = torch.empty(2, *shape, device=device, dtype=dtype)
         self.keys, self.values = self.memory
-        self.num_cells = num_cells
+        self.planes, self.num_cells = layout.layers_per_cell, num_cells
+        self._view_shape = (2 * self.planes, 1, spec.num_kv_heads, spec.head_dim)
+        self._view_strides = self.memory.stride()
+
+    def views(self, start: int, length: int) -> tuple[Tensor, ...]:
+        """Keys at every plane, then values, of consecutive cells, each (1, kv_heads, length, head_dim)."""
+        views, one, heads, head_dim = self._view_shape
+        _, plane, cell, head, _ = self._view_strides
+        # In one step: there are two views a request and layer.
+        size, strides = (views, one, heads, length, head_dim), (plane, 0, head, cell, 1)
+        return self.memory.as_strided(size, strides, start * cell).unbind(0)
 
     def write(self, plane: int, cells: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store rows' K/V. Shapes: cells (rows,), keys and values (rows, kv_heads, head_dim)."""

@@ -78,7 +78,7 @@ class Layers(Protocol):
     """A way to compute segments."""
 
     def run(self, batch: Pass) -> Ends:
-        """Execute a pass, but for the verdicts. Hidden states go to the arena, but from the last segment."""
+        """Execute a pass, all its segments, but for the verdicts. Hidden states go to the arena, but from the last."""
 
     def capture(self) -> None:
         """Prepare what can be prepared, once the K/V memory is there."""
@@ -99,22 +99,22 @@ class ReferenceLayers:
 
     def run(self, batch: Pass) -> Ends:
         """As of `Layers`."""
-        machinery, segment = self.machinery, batch.segment
+        machinery, last = self.machinery, batch.parts[-1]
         tensors = PassTensors.of(batch, machinery.decoder.device)
-        machinery.tables.hear(segment, batch.context.fresh)
         before, hidden = self._layers(batch, tensors)
-        if not machinery.is_final(segment):
+        if not machinery.is_final(last.segment):
             machinery.arena.index_copy_(0, tensors.arena, hidden)
             before, hidden = before.index_select(0, tensors.evaluated), hidden.index_select(0, tensors.evaluated)
-        asked = len(batch.evaluations) > 0
-        return Ends(before, hidden, machinery.logits(segment, hidden) if asked else hidden.new_empty(0, 0))
+        asked = len(last.evaluations) > 0
+        return Ends(before, hidden, machinery.logits(last.segment, hidden) if asked else hidden.new_empty(0, 0))
 
     def capture(self) -> None:
         """There is nothing to prepare."""
 
     def _layers(self, batch: Pass, tensors: PassTensors) -> tuple[Tensor, Tensor]:
-        """What the segment's last layer was given, and its output; in the final segment of evaluated rows only."""
+        """What the last layer was given, and its output; at the end of the final segment of evaluated rows only."""
         machinery, decoder = self.machinery, self.machinery.decoder
+        spec, planes = decoder.spec, machinery.layout.layers_per_cell
         if batch.segment == 0:
             hidden = F.embedding(tensors.tokens, decoder.embedding)
         else:
@@ -123,22 +123,24 @@ class ReferenceLayers:
         full = len(hidden)
         before = hidden
         cos, sin = self._cos.index_select(0, tensors.positions), self._sin.index_select(0, tensors.positions)
-        attention = TorchAttention(
-            machinery.pool, machinery.tables, batch, decoder.spec.num_heads, decoder.spec.num_kv_heads
-        )
-        first, length = machinery.first_layer(batch.segment), machinery.layout.lengths[batch.segment]
-        final = machinery.is_final(batch.segment)
-        for number in range(length):
-            layer = decoder.layers[first + number]
-            part, plane = divmod(number, machinery.layout.layers_per_cell)
-            rows = hidden if fill is None else torch.cat((hidden, fill))
-            queries, keys, values = decoder.project_qkv(layer, rows, cos, sin)
-            machinery.pool.write(plane, tensors.cells[part], keys, values)
-            attended = attention.forward(part, plane, queries[:full])
-            if final and number == length - 1:
-                hidden, attended = (
-                    hidden.index_select(0, tensors.evaluated),
-                    attended.index_select(0, tensors.evaluated),
-                )
-            before, hidden = hidden, decoder.finish_layer(layer, hidden, attended)
+        first = machinery.first_layer(batch.segment)
+        start = first
+        for segment in batch.parts:
+            machinery.tables.hear(segment.segment, segment.context.fresh)
+            attention = TorchAttention(machinery.pool, machinery.tables, segment, spec.num_heads, spec.num_kv_heads)
+            stop = start + machinery.layout.lengths[segment.segment]
+            for number in range(start, stop):
+                layer = decoder.layers[number]
+                part, plane = divmod(number - start, planes)
+                rows = hidden if fill is None else torch.cat((hidden, fill))
+                queries, keys, values = decoder.project_qkv(layer, rows, cos, sin)
+                machinery.pool.write(plane, tensors.cells[(number - first) // planes], keys, values)
+                attended = attention.forward(part, plane, queries[:full])
+                if number == spec.num_layers - 1:
+                    hidden, attended = (
+                        hidden.index_select(0, tensors.evaluated),
+                        attended.index_select(0, tensors.evaluated),
+                    )
+                before, hidden = hidden, decoder.finish_layer(layer, hidden, attended)
+            start = stop
         return before, hidden

@@ -99,11 +99,10 @@ class SegmentRunner:
     @torch.inference_mode()
     def start(self, batch: Pass) -> Started:
         """Execute a pass; on a GPU without waiting for it. Returns what its verdicts come from."""
-        for part in batch.parts:
-            ends = self._layers.run(part)
-        if not len(part.evaluations):
+        ends, last = self._layers.run(batch), batch.parts[-1]
+        if not len(last.evaluations):
             return Unjudged(self.decoder.device)
-        return self._judge(part.segment, ends.logits, ends.hidden, ends.before, part.evaluations)
+        return self._judge(last.segment, ends.logits, ends.hidden, ends.before, last.evaluations)
 
     @torch.inference_mode()
     def finish(self, started: Started) -> Verdicts:
