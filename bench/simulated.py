@@ -27,6 +27,7 @@ from drex.bench.yardsticks import yardstick
 from drex.config import EngineConfig, policy_settings
 from drex.control.acceptance import Acceptance
 from drex.control.flush import FlushRule, Waiting
+from drex.control.scheduler import Scheduler
 from drex.request import SamplingParams
 from drex.sim.machines import MACHINES, roofline
 from drex.sim.shapes import SHAPES
@@ -46,24 +47,38 @@ console = Console(width=160)
 
 
 class FixedRule(FlushRule):
-    """What is searched over: flushes at a fixed size of the buffer, or when fewer rows than so many are worth starting.
+    """What is searched over: flushes at fixed sizes of the buffers, or when fewer rows than so many are worth starting.
 
-    Rows are, from a fixed chance on.
+    Rows are, from a fixed chance on. `flush_at` has a size for each exit point.
     """
 
-    flush_at, fewest, least = math.inf, 1, 0.0
+    flush_at: tuple[float, ...] = (math.inf,)
+    fewest, least = 1, 0.0
+    deepest_first = True
 
     def choose(self, waiting: Waiting) -> tuple[int, int] | None:
-        """As `FlushRule` does, by two numbers."""
-        live = sum(waiting.live)
+        """As `FlushRule` does, by these numbers."""
+        full = [segment for segment, size in enumerate(self.flush_at, 1) if waiting.live[segment] >= size]
+        if full:
+            return full[-1], 0
         ready = waiting.ready
         if waiting.chances is not None:
             ready = int((waiting.chances >= self.least).sum())
-        if ready >= self.fewest and live < self.flush_at:
+        if ready >= self.fewest:
             return 0, ready
-        if live:
-            return max(segment for segment, count in enumerate(waiting.live) if count), 0
+        held = [segment for segment, count in enumerate(waiting.live) if count]
+        if held:
+            return held[-1 if self.deepest_first else 0], 0
         return (0, waiting.ready) if waiting.ready else None
+
+    @classmethod
+    def replacing(cls, scheduler: Scheduler, **settings: Any) -> None:
+        """Have a scheduler decide by this."""
+        old = scheduler.policy.rule
+        rule = cls(old.cost, old.rates, old.kv_fill, len(old.counts) - 1)
+        for name, value in settings.items():
+            setattr(rule, name, value)
+        scheduler.policy.rule = rule
 
 
 class Miscalibrated(Acceptance):
@@ -110,9 +125,7 @@ def serve(
     cell = Cell(name, count, scenario.engine(config.policy, config, count))
     scheduler = cell.engine.scheduler
     if fixed is not None:
-        old = scheduler.policy.rule
-        scheduler.policy.rule = rule = FixedRule(old.cost, old.rates, scenario.kv_fill, len(old.counts) - 1)
-        rule.flush_at, rule.fewest, rule.least = fixed[:3]
+        FixedRule.replacing(scheduler, flush_at=fixed[:1], fewest=fixed[1], least=fixed[2])
     if off:
         scheduler.drafts.acceptance = acceptance = Miscalibrated(scheduler.segments - 1)
         acceptance.off = off

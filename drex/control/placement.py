@@ -97,12 +97,7 @@ class Placement:
         rows, sizes, table = seats[span], stops - starts, self.pool.tables[segment]
         arena = self._enter(seats, stops, rows, positions) if segment == 0 else self._arena(rows, positions)
         if segment == 0 or self.kv_fill == "recompute" or (runs := self.seats.depth[rows, positions] > segment).all():
-            # Every position has an entry of its own, and under mask some before it may have none.
-            counts = table.counts[seats]
-            entries = positions if self.kv_fill != "mask" else ragged(counts, counts + sizes)[1]
-            cells = self.pool.append(segment, rows, entries)
-            full = Rows(positions, arena, cells)
-            return Placed(rows, positions, None, rows, full, NO_ROWS, entries + 1, sizes, table.contexts(seats))
+            return self._all_run(segment, seats, sizes, rows, positions, arena)
         sizes = np.bincount(span[runs], minlength=len(seats))
         if self.kv_fill == "project":
             cells = self.pool.append(segment, rows, positions)
@@ -113,6 +108,24 @@ class Placement:
         entries, cells = self._append_some(segment, seats, span, positions, runs)
         full, visible = Rows(positions[runs], arena[runs], cells), entries[runs] + 1
         return Placed(rows, positions, runs, rows[runs], full, NO_ROWS, visible, sizes, table.contexts(seats))
+
+    def place_through(self, first: int, seats: IntArray, starts: IntArray, stops: IntArray) -> list[Placed]:
+        """As `place`, for each segment from `first` on; of positions that go through."""
+        placed = [self.place(first, seats, starts, stops)]
+        rows, positions, sizes, arena = placed[0].seats, placed[0].positions, placed[0].sizes, placed[0].full.arena
+        deeper = range(first + 1, self.segments)
+        return placed + [self._all_run(each, seats, sizes, rows, positions, arena) for each in deeper]
+
+    def _all_run(
+        self, segment: int, seats: IntArray, sizes: IntArray, rows: IntArray, positions: IntArray, arena: IntArray
+    ) -> Placed:
+        """Every position has an entry of its own; under mask some before it may have none."""
+        table = self.pool.tables[segment]
+        counts = table.counts[seats]
+        entries = positions if self.kv_fill != "mask" else ragged(counts, counts + sizes)[1]
+        cells = self.pool.append(segment, rows, entries)
+        full = Rows(positions, arena, cells)
+        return Placed(rows, positions, None, rows, full, NO_ROWS, entries + 1, sizes, table.contexts(seats))
 
     def goes_through(self, seats: IntArray, starts: IntArray, stops: IntArray) -> bool:
         """Whether positions [start, stop) of requests run in full at all segments, and nothing else has to before."""

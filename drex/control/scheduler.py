@@ -147,8 +147,10 @@ class Scheduler:
         assert len(spans)
         starts = seats.reached[segment + 1, spans]
         stops = starts + counts
-        last = self.segments - 1 if choice.through and self._goes_through(spans, starts, stops) else segment
-        placed = [self.placement.place(each, spans, starts, stops) for each in range(segment, last + 1)]
+        if choice.through and self._goes_through(spans, starts, stops):
+            last, placed = self.segments - 1, self.placement.place_through(segment, spans, starts, stops)
+        else:
+            last, placed = segment, [self.placement.place(segment, spans, starts, stops)]
         asked = self.decisions.ask(last, spans, placed[-1], checking=checking)
         self.unchecked += asked.unasked if last == segment else self.decisions.could_exit(asked)
         seats.idle[spans] = False
