@@ -101,6 +101,8 @@ class ReferenceLayers:
         """As of `Layers`."""
         machinery, last = self.machinery, batch.parts[-1]
         tensors = PassTensors.of(batch, machinery.decoder.device)
+        for segment in batch.parts:
+            machinery.tables.hear(segment.segment, segment.context.fresh)
         before, hidden = self._layers(batch, tensors)
         if not machinery.is_final(last.segment):
             machinery.arena.index_copy_(0, tensors.arena, hidden)
@@ -123,24 +125,21 @@ class ReferenceLayers:
         full = len(hidden)
         before = hidden
         cos, sin = self._cos.index_select(0, tensors.positions), self._sin.index_select(0, tensors.positions)
-        first = machinery.first_layer(batch.segment)
-        start = first
-        for segment in batch.parts:
-            machinery.tables.hear(segment.segment, segment.context.fresh)
-            attention = TorchAttention(machinery.pool, machinery.tables, segment, spec.num_heads, spec.num_kv_heads)
-            stop = start + machinery.layout.lengths[segment.segment]
-            for number in range(start, stop):
-                layer = decoder.layers[number]
-                part, plane = divmod(number - start, planes)
-                rows = hidden if fill is None else torch.cat((hidden, fill))
-                queries, keys, values = decoder.project_qkv(layer, rows, cos, sin)
-                machinery.pool.write(plane, tensors.cells[(number - first) // planes], keys, values)
-                attended = attention.forward(part, plane, queries[:full])
-                if number == spec.num_layers - 1:
-                    hidden, attended = (
-                        hidden.index_select(0, tensors.evaluated),
-                        attended.index_select(0, tensors.evaluated),
-                    )
-                before, hidden = hidden, decoder.finish_layer(layer, hidden, attended)
-            start = stop
+        first, last = machinery.first_layer(batch.segment), batch.parts[-1].segment
+        stop = machinery.first_layer(last) + machinery.layout.lengths[last]
+        attention = TorchAttention(machinery.pool, machinery.tables, batch, spec.num_heads, spec.num_kv_heads)
+        for number in range(first, stop):
+            layer = decoder.layers[number]
+            # A segment has no part in common with another, so that parts can be counted through.
+            part, plane = divmod(number - first, planes)
+            rows = hidden if fill is None else torch.cat((hidden, fill))
+            queries, keys, values = decoder.project_qkv(layer, rows, cos, sin)
+            machinery.pool.write(plane, tensors.cells[part], keys, values)
+            attended = attention.forward(part, plane, queries[:full])
+            if number == spec.num_layers - 1:
+                hidden, attended = (
+                    hidden.index_select(0, tensors.evaluated),
+                    attended.index_select(0, tensors.evaluated),
+                )
+            before, hidden = hidden, decoder.finish_layer(layer, hidden, attended)
         return before, hidden

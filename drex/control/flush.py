@@ -34,7 +34,7 @@ FEW = 32
 EARNING_MEMORY = 128.0
 """Passes over which θ is averaged."""
 ENOUGH = 64
-"""Passes that tell what checking exits earns."""
+"""Passes that tell what checking exits earns, after as many that don't: costs and drafts are learnt first."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,11 @@ class FlushRule:
         The solved optimum; under run-ahead more, if more was earned; where requests are lossless, which nothing solves
         for, what was earned.
         """
-        solved, (tokens, seconds, passes) = self.outlook.yardstick, self._checked
-        earned = tokens / seconds if passes >= ENOUGH else None
+        solved, (tokens, full, passes) = self.outlook.yardstick, self._checked
+        earned = None
+        if solved is not None and passes >= 2 * ENOUGH:
+            # The gain on full depth, not the rate: some of it may have been earned at other loads.
+            earned = tokens / full * solved.in_flight / self._one_by_one(solved.in_flight)
         if self._lossless:
             return earned
         optimal = solved.optimal if solved is not None else None
@@ -140,11 +143,14 @@ class FlushRule:
         """Count a pass: tokens decided, what it took, and whether exits were checked at the time."""
         fade = math.exp(-1.0 / EARNING_MEMORY)
         self._tokens, self._seconds = self._tokens * fade + tokens, self._seconds * fade + seconds
+        at_full_depth = seconds * self._full_rate()
         earned, full = self._gain
-        self._gain = earned * fade + tokens, full * fade + seconds * self._full_rate()
+        self._gain = earned * fade + tokens, full * fade + at_full_depth
         if checked:
-            earned, took, passes = self._checked
-            self._checked = earned * fade + tokens, took * fade + seconds, passes + 1
+            earned, full, passes = self._checked
+            if passes >= ENOUGH:
+                earned, full = earned * fade + tokens, full * fade + at_full_depth
+            self._checked = earned, full, passes + 1
 
     def tick(
         self, pass_number: int, decoding: int, context: float, *, ahead: bool = False, lossless: bool = False

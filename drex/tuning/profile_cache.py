@@ -25,6 +25,8 @@ from drex.tuning.profile import Profiler, choose_threads
 log = logging.getLogger(__name__)
 MEASURE = "measure"
 FRESH_SECONDS = 30 * 86_400.0
+COSTS = 2
+"""Raised whenever a change of drex makes passes cost something else."""
 
 
 def cache_folder() -> Path:
@@ -96,6 +98,7 @@ def _key(runner: SegmentRunner, config: EngineConfig, exits: ExitPlan, threads: 
         "device": device_name(runner.decoder.device),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
+        "costs": COSTS,
         "dtype": str(runner.decoder.dtype),
         "kernels": runner.kernels,
         "graphs": list(runner.buckets[-1:]),

@@ -5,8 +5,10 @@ K/V that lie in one run of cells are read as views, the others are gathered.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ from drex.control.plan import IntArray, Pass
 
 
 class _Reader(NamedTuple):
-    """One span: its rows in the queries, what they see, and its K/V by part.
+    """One span: its rows in the queries, what they see, and its K/V by part of the segments that are read alike.
 
     `parts` has, for each part, either the pool's views, where the entries lie in one `run`; or (entries, own) to gather
     from.
@@ -30,36 +32,47 @@ class _Reader(NamedTuple):
 
 
 class TorchAttention:
-    """Attention of one pass: built once, then called once a layer.
+    """Attention of one pass: built once for all its segments, then called once a layer.
 
     Args:
         pool: K/V memory.
-        tables: that have heard of the pass's fresh entries.
+        tables: that have heard of the pass's fresh entries, at all segments.
         batch: the pass; the full rows of its spans lie one after the other in the queries.
         heads, kv_heads: of the decoder.
     """
 
     def __init__(self, pool: KVPool, tables: KVTables, batch: Pass, heads: int, kv_heads: int) -> None:
         self.pool, self.heads, self.kv_heads = pool, heads, kv_heads
-        self._readers: list[_Reader] = []
+        # Who reads each part, counted through all segments, and its number among theirs.
+        self._parts: list[tuple[list[_Reader], int]] = []
+        segments = batch.parts
+        for group in [segments] if _read_alike(segments) else [[each] for each in segments]:
+            readers = self._read(tables, group)
+            self._parts += [(readers, number) for number in range(sum(len(each.context.starts) for each in group))]
+
+    def _read(self, tables: KVTables, segments: Sequence[Pass]) -> list[_Reader]:
+        """The spans of segments that are read alike."""
+        batch, out = segments[0], []
         context, sizes = batch.context, batch.sizes
         rows = sizes.cumsum()
         # A single row that sees all entries, as in decoding, needs no mask; the others are looked at one by one.
         alone = sizes == 1
         alone[alone] = batch.visible[rows[alone] - 1] == context.lengths[alone]
         columns = (sizes, rows, context.lengths, context.seats, context.in_run, alone)
+        first_cells = np.concatenate([each.context.starts for each in segments])
         for size, stop, length, seat, run, single, starts in zip(
-            *(column.tolist() for column in columns), context.starts.T.tolist(), strict=True
+            *(column.tolist() for column in columns), first_cells.T.tolist(), strict=True
         ):
             if size:
                 start = stop - size
-                mask = None if single else _mask(batch.visible[start:stop], length, pool.keys.device)
+                mask = None if single else _mask(batch.visible[start:stop], length, self.pool.keys.device)
                 parts = (
-                    [pool.views(first, length) for first in starts]
+                    [self.pool.views(first, length) for first in starts]
                     if run
                     else self._scattered(tables, batch.segment, seat, length)
                 )
-                self._readers.append(_Reader(start, stop, mask, parts, run))
+                out.append(_Reader(start, stop, mask, parts, run))
+        return out
 
     @staticmethod
     def _scattered(tables: KVTables, segment: int, seat: int, length: int) -> list[tuple[Tensor, ...]]:
@@ -67,13 +80,17 @@ class TorchAttention:
         return [(part, own) for part in tables.cells[segment][:, seat, :length].unbind(0)]
 
     def forward(self, part: int, plane: int, queries: Tensor) -> Tensor:
-        """Shapes: queries (rows, heads, head_dim) -> (rows, heads * head_dim)."""
+        """Of a layer: its part, counted through all segments of the pass, and its place there.
+
+        Shapes: queries (rows, heads, head_dim) -> (rows, heads * head_dim).
+        """
+        readers, number = self._parts[part]
         rows, _, head_dim = queries.shape
         # The query heads of a group share K/V: for a single row they are its group's queries, and no mask is needed.
         single = queries.reshape(rows, 1, self.kv_heads, self.heads // self.kv_heads, head_dim).unbind(0)
         out = []
-        for reader in self._readers:
-            k, v = self._keys_values(reader, part, plane)
+        for reader in readers:
+            k, v = self._keys_values(reader, number, plane)
             if reader.stop - reader.start == 1 and reader.mask is None:
                 attended = F.scaled_dot_product_attention(single[reader.start], k, v)
             else:
@@ -86,8 +103,8 @@ class TorchAttention:
             out.append(attended.reshape(-1, self.heads * head_dim))
         return torch.cat(out) if out else queries.new_empty(0, self.heads * head_dim)
 
-    def _keys_values(self, reader: _Reader, part: int, plane: int) -> tuple[Tensor, Tensor]:
-        found = reader.parts[part]
+    def _keys_values(self, reader: _Reader, number: int, plane: int) -> tuple[Tensor, Tensor]:
+        found = reader.parts[number]
         if reader.run:
             return found[plane], found[self.pool.planes + plane]
         entries, own = found
@@ -95,6 +112,12 @@ class TorchAttention:
         k = self.pool.keys.flatten(0, 1).index_select(0, slots)
         v = self.pool.values.flatten(0, 1).index_select(0, slots)
         return k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
+
+
+def _read_alike(segments: Sequence[Pass]) -> bool:
+    """Whether a pass's rows see as many entries at all its segments, each part's in one run."""
+    first, *others = (each.context for each in segments)
+    return not others or all(each.in_run.all() and (each.lengths == first.lengths).all() for each in (first, *others))
 
 
 def _mask(visible: IntArray, entries: int, device: torch.device) -> Tensor | None:
