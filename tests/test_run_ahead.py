@@ -12,8 +12,9 @@ import pytest
 from drex import LLM, EarlyExit, SamplingParams
 from drex.bench.runner import while_all_decode
 from drex.config import EngineConfig, policy_settings
-from drex.control.policies import Drex
+from drex.control.policies import Choice, Drex, View
 from drex.control.profile import Curve, Profile, SegmentCost
+from drex.control.scheduler import Scheduler
 from drex.outputs import RequestOutput
 from drex.sim.executor import RecordedConfidences
 from drex.sim.simulate import Scenario
@@ -80,6 +81,36 @@ def test_what_is_unchecked_runs_all_segments_at_once_and_is_what_full_depth_says
     assert all(record.through for record in llm.engine.history)
     assert any(record.prompts for record in llm.engine.history)
     assert llm.engine.scheduler.pool.in_use == 0
+
+
+@pytest.mark.parametrize("fill", ["recompute", "project", "alias", "mask"])
+def test_behind_tokens_that_have_exited_all_segments_at_once_say_what_they_say_one_by_one(
+    text_model: Path, fill: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exits, choose = EarlyExit(layers=[2, 4], thresholds=0.12, kv_fill=fill), Drex.choose
+    rests = False
+
+    def rest_by_token(self: Drex, view: View) -> Choice | None:
+        nonlocal rests
+        if not any(view.live):
+            rests = self._asked % 8 >= 4
+        return choose(self, view)
+
+    monkeypatch.setattr(Drex, "choose", rest_by_token)
+    monkeypatch.setattr(Drex, "resting", property(lambda _: rests))
+    monkeypatch.setattr(Drex, "_probes_next", property(lambda _: False))
+    found = []
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(Scheduler, "_goes_through", lambda *_: False)
+        llm = make(text_model, "off", early_exit=exits)
+        llm.engine.history = []
+        # One request at a time, so that the same tokens are checked.
+        found.append([llm.generate([prompt], each)[0] for prompt, each in zip(PROMPTS, params(), strict=True)])
+        assert any(record.through for record in llm.engine.history) is at_once
+        assert llm.engine.scheduler.pool.in_use == 0
+    assert said(found[0]) == said(found[1])
+    assert {token.exit_layer for output in found[0] for token in output.outputs[0].tokens} == {2, 4, 6}
 
 
 def test_prompts_are_scored_while_exits_are_left_unchecked(text_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from helpers import SHAPES, profile
 from markov import Floats, State, best_by_value_iteration, earned, process
+from threadpoolctl import ThreadpoolController
 
 from drex.control.cost import CostModel, Load
-from drex.control.flush import EARNING_MEMORY, REFRESH, FlushRule, Waiting
+from drex.control.flush import EARNING_MEMORY, ENOUGH, REFRESH, FlushRule, Waiting
 from drex.control.outlook import DELAY, GRAIN, LIFETIME, Outlook
 from drex.control.profile import Profile
 from drex.control.rates import KNOWN, MEMORY, ExitRates
@@ -348,6 +349,44 @@ def test_nothing_is_solved_from_a_prior_alone(exits: int) -> None:
     for number in range(2 * DELAY, 4 * DELAY):
         rule.tick(number, 8, CONTEXT)
     assert rule.outlook.yardstick is not None
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.2, True), (0.8, False)])
+@pytest.mark.parametrize(("earlier", "now"), [(1, 16), (16, 1)])
+def test_whether_lossless_drafts_pay_is_judged_by_full_depth_at_the_load_they_ran_at(
+    share: float, expected: bool, earlier: int, now: int
+) -> None:
+    rule = rule_for(profile("weight_bound", 1.0, 1.0), (0.6,), "recompute")
+    full = {count: count / rule.full_step(count) for count in (earlier, now)}
+    assert full[16] > 4 * full[1]
+    number = 0
+    for passes, count, gain in ((ENOUGH, earlier, 0.1), (ENOUGH, earlier, share), (2 * DELAY + REFRESH, now, share)):
+        for _ in range(passes):
+            rule.tick(number, count, CONTEXT, ahead=True, lossless=True)
+            # What the first passes earn says nothing.
+            rule.observe(1, 1 / (gain * full[count]))
+            number += 1
+    assert rule.outlook.yardstick is not None
+    assert rule.outlook.yardstick.in_flight == now
+    assert rule.promises == pytest.approx(share * full[now], rel=0.02)
+    assert rule.pays is expected
+
+
+def test_while_it_is_solved_linear_algebra_has_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = ThreadpoolController().select(user_api="blas")
+
+    def threads() -> set[int]:
+        return {library["num_threads"] for library in controller.info()}
+
+    before, seen = threads(), set()
+    if max(before, default=1) == 1:
+        pytest.skip("numpy's BLAS has one thread here anyway, or is not known to threadpoolctl")
+    monkeypatch.setattr("drex.control.outlook.measure", lambda *_, **__: seen.update(threads()))
+    ahead = outlook(2)
+    ahead.tick(0, 8, (0.4,), CONTEXT)
+    ahead.tick(DELAY, 8, (0.4,), CONTEXT)
+    assert seen == {1}
+    assert threads() == before
 
 
 @pytest.mark.parametrize("shape", SHAPES)
