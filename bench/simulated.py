@@ -71,6 +71,9 @@ class FixedRule(FlushRule):
             return held[-1 if self.deepest_first else 0], 0
         return (0, waiting.ready) if waiting.ready else None
 
+    def prepare(self, pass_number: int, context: float) -> None:
+        """Nothing has to be solved."""
+
     @classmethod
     def replacing(cls, scheduler: Scheduler, **settings: Any) -> None:
         """Have a scheduler decide by this."""
