@@ -45,7 +45,7 @@ class PackedLinear(nn.Module):
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """The product with a weight (out, in) and a bias (out,), packed where it can be."""
-    if _packs(weight):
+    if can_pack(weight.device, weight.dtype):
         return PackedLinear(weight, bias)
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
@@ -57,7 +57,7 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
 def pack_inside(module: nn.Module) -> None:
     """Have all products within a module packed where they can be; it can't be trained or saved any more."""
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear) and _packs(child.weight):
+        if isinstance(child, nn.Linear) and can_pack(child.weight.device, child.weight.dtype):
             setattr(module, name, PackedLinear(child.weight.detach(), child.bias))
         else:
             pack_inside(child)
@@ -71,6 +71,7 @@ def weight_bytes(product: Linear) -> int:
     return sum(parameter.nbytes for parameter in product.parameters())
 
 
-def _packs(weight: Tensor) -> bool:
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return on_cpu and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights there are packed."""
+    has_mkl = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+    return device.type == "cpu" and dtype == torch.float32 and has_mkl

@@ -17,7 +17,7 @@ from torch import Tensor
 from drex.checkpoint import ExitSpec
 from drex.compute.decoder import Decoder, LayerWeights
 from drex.compute.heads import ExitHead
-from drex.compute.linear import linear, pack_inside
+from drex.compute.linear import Linear, can_pack, linear, pack_inside
 from drex.compute.spec import ModelSpec, read_json
 
 T = TypeVar("T")
@@ -92,25 +92,36 @@ def load_decoder(folder: Path, spec: ModelSpec, device: torch.device, dtype: tor
     """Read a decoder's weights, q, k, v and gate, up fused."""
     files = TensorFiles(folder)
     hidden, heads, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    qkv = {"q_proj": heads, "k_proj": kv, "v_proj": kv}
+    gate_up = {"gate_proj": spec.intermediate_size, "up_proj": spec.intermediate_size}
+    # What is packed is read into one buffer. Of packed weights a good part is never touched, and takes no memory as
+    # long as it isn't where another weight has been.
+    largest = max((heads + 2 * kv) * hidden, 2 * spec.intermediate_size * hidden, spec.vocab_size * hidden)
+    buffer = torch.empty(largest, device=device, dtype=dtype) if can_pack(device, dtype) else None
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(*shape, device=device, dtype=dtype)
 
-    def one(name: str, *shape: int) -> Tensor:
-        tensor = empty(*shape)
+    def room(rows: int, columns: int) -> Tensor:
+        return empty(rows, columns) if buffer is None else buffer[: rows * columns].view(rows, columns)
+
+    def one(name: str, *shape: int, out: Tensor | None = None) -> Tensor:
+        tensor = empty(*shape) if out is None else out
         files.read(name, shape, tensor)
         return tensor
 
-    def stacked(prefix: str, parts: dict[str, int], suffix: str, *columns: int) -> Tensor:
-        tensor = empty(sum(parts.values()), *columns)
+    def stacked(out: Tensor, prefix: str, parts: dict[str, int], suffix: str) -> Tensor:
         start = 0
         for part, rows in parts.items():
-            files.read(f"{prefix}.{part}.{suffix}", (rows, *columns), tensor[start : start + rows])
+            files.read(f"{prefix}.{part}.{suffix}", (rows, *out.shape[1:]), out[start : start + rows])
             start += rows
-        return tensor
+        return out
 
-    qkv = {"q_proj": heads, "k_proj": kv, "v_proj": kv}
-    gate_up = {"gate_proj": spec.intermediate_size, "up_proj": spec.intermediate_size}
+    def product(prefix: str, parts: dict[str, int], columns: int, *, biased: bool = False) -> Linear:
+        rows = sum(parts.values())
+        bias = stacked(empty(rows), prefix, parts, "bias") if biased else None
+        return linear(stacked(room(rows, columns), prefix, parts, "weight"), bias)
+
     layers = []
     for number in range(spec.num_layers):
         name = f"model.layers.{number}"
@@ -118,30 +129,19 @@ def load_decoder(folder: Path, spec: ModelSpec, device: torch.device, dtype: tor
         layers.append(
             LayerWeights(
                 attention_norm=one(f"{name}.input_layernorm.weight", hidden),
-                qkv=linear(
-                    stacked(attention, qkv, "weight", hidden),
-                    stacked(attention, qkv, "bias") if spec.qkv_bias else None,
-                ),
+                qkv=product(attention, qkv, hidden, biased=spec.qkv_bias),
                 q_norm=one(f"{attention}.q_norm.weight", spec.head_dim) if spec.qk_norm else None,
                 k_norm=one(f"{attention}.k_norm.weight", spec.head_dim) if spec.qk_norm else None,
-                out=linear(
-                    one(f"{attention}.o_proj.weight", hidden, heads),
-                    one(f"{attention}.o_proj.bias", hidden) if spec.out_bias else None,
-                ),
+                out=product(attention, {"o_proj": hidden}, heads, biased=spec.out_bias),
                 mlp_norm=one(f"{name}.post_attention_layernorm.weight", hidden),
-                gate_up=linear(
-                    stacked(mlp, gate_up, "weight", hidden),
-                    stacked(mlp, gate_up, "bias") if spec.mlp_bias else None,
-                ),
-                down=linear(
-                    one(f"{mlp}.down_proj.weight", hidden, spec.intermediate_size),
-                    one(f"{mlp}.down_proj.bias", hidden) if spec.mlp_bias else None,
-                ),
+                gate_up=product(mlp, gate_up, hidden, biased=spec.mlp_bias),
+                down=product(mlp, {"down_proj": hidden}, spec.intermediate_size, biased=spec.mlp_bias),
             )
         )
     embedding = one("model.embed_tokens.weight", spec.vocab_size, hidden)
-    lm_head = embedding if spec.tied else one("lm_head.weight", spec.vocab_size, hidden)
-    return Decoder(spec, embedding, layers, one("model.norm.weight", hidden), linear(lm_head))
+    size = spec.vocab_size, hidden
+    lm_head = linear(embedding if spec.tied else one("lm_head.weight", *size, out=room(*size)))
+    return Decoder(spec, embedding, layers, one("model.norm.weight", hidden), lm_head)
 
 
 def load_exit_head(
