@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +78,9 @@ def measure(subject: Subject, count: int, options: argparse.Namespace) -> dict[s
     """At one count in flight."""
     tokens = max(options.tokens, 256 // count)
     prompts = held_out_prompts(subject, PROMPT)
-    params = SamplingParams(temperature=0.0, ignore_eos=True)
-    works = [
-        Workload(prompts[turn * count :] + prompts[: turn * count], [Job(PROMPT, tokens)] * count, params, "closed")
-        for turn in range(options.repeats + 1)
-    ]
+    # Drawn, so that each turn has texts of its own: there are fewer prompts than requests.
+    params = SamplingParams(temperature=0.8, ignore_eos=True)
+    works = [Workload(prompts, [Job(PROMPT, tokens)] * count, params, "closed")] * (options.repeats + 1)
     cells = [Cell(policy, count, subject.engine(policy, count)) for policy in ("full", "drex")]
     depths: dict[str, list[int]] = {}
     speeds: dict[str, list[float]] = {cell.policy: [] for cell in cells}
@@ -102,6 +99,7 @@ def measure(subject: Subject, count: int, options: argparse.Namespace) -> dict[s
     rules = fixed_rules(count, len(found.exit_rates))
     tried = [replay(subject, works, depths, found, rule) for rule in rules]
     best = max(range(len(rules)), key=tried.__getitem__)
+    sizes = [None if math.isinf(size) else size for size in rules[best]["flush_at"]]
     return {
         "in_flight": count,
         "tokens": tokens,
@@ -110,7 +108,12 @@ def measure(subject: Subject, count: int, options: argparse.Namespace) -> dict[s
         "exit_rates": found.exit_rates,
         "tokens_per_s": {name: statistics.median(each) for name, each in speeds.items()},
         "each": speeds,
-        "replayed": {"drex": ours, "best": tried[best], "rule": rules[best], "tried": len(rules)},
+        "replayed": {
+            "drex": ours,
+            "best": tried[best],
+            "rule": {**rules[best], "flush_at": sizes},
+            "tried": len(rules),
+        },
     }
 
 
@@ -132,7 +135,7 @@ def show(found: list[dict[str, Any]]) -> None:
     table = Table(*columns, title=title)
     for each in found:
         replayed, rule = each["replayed"], each["replayed"]["rule"]
-        sizes = ", ".join("never" if math.isinf(size) else f"{size:.0f}" for size in rule["flush_at"])
+        sizes = ", ".join("never" if size is None else f"{size:.0f}" for size in rule["flush_at"])
         order = "deepest" if rule["deepest_first"] else "shallowest"
         table.add_row(
             str(each["in_flight"]),
@@ -154,7 +157,6 @@ def main() -> None:
     subject = trained(None, None, "auto", config)
     found = []
     for count in counts:
-        subject.config = replace(config, max_num_seqs=max(counts))
         found.append(measure(subject, count, options))
         console.print(f"{count} in flight done", style="dim")
     show(found)

@@ -157,7 +157,8 @@ def search(scenario: Scenario, count: int, name: str) -> dict[str, Any]:
     found = {each: speed(serve(scenario, name, count, each, turns=turns)) for each in finalists}
     best = max(found, key=lambda each: found[each])
     ours = speed(serve(scenario, name, count, turns=turns))
-    return {"in_flight": count, "policy": name, "rule": ours, "best": found[best], "at": best, "tried": len(tried)}
+    at = [None if math.isinf(number) else number for number in best]
+    return {"in_flight": count, "policy": name, "rule": ours, "best": found[best], "at": at, "tried": len(tried)}
 
 
 def main() -> None:

@@ -332,6 +332,18 @@ def test_heads_and_criteria_equal_a_computation_by_hand(checkpoint, plain_model,
         assert token.confidence == token.checks[0].confidence == pytest.approx(expected, abs=ATOL)
 
 
+@pytest.mark.parametrize("kind", ["shared", "norm", "linear", "mlp", "mlp_untied"])
+def test_heads_in_float32_equal_a_computation_by_hand(checkpoint, plain_model, kind):
+    folder, weights = checkpoint({4: kind}, criterion="max_prob", thresholds=(0.0,))
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    [output] = LLM(folder, dtype="float32", max_num_batched_tokens=4).generate([PROMPT], params)
+    model, states = hidden_states(plain_model, folder, output)
+    logits = logits_by_hand(kind, model, states[4], weights[4])
+    for number, token in enumerate(output.outputs[0].tokens[1:], 1):
+        assert token.exit_layer == 4
+        assert token.logprob == pytest.approx(float(logits[number].log_softmax(-1)[token.id]), abs=1e-3)
+
+
 @pytest.mark.parametrize("criterion", ["max_prob", "probe"])
 def test_each_exit_has_its_own_head_and_threshold(checkpoint, plain_model, criterion):
     """A token exits at the first exit whose confidence, computed by hand, reaches that exit's threshold."""

@@ -30,7 +30,7 @@ class PassTensors:
     def of(cls, batch: Pass, device: torch.device) -> PassTensors:
         """Put a pass's numbers on the device."""
         full, fill, segments = batch.full, batch.fill, batch.parts
-        if fill.size:
+        if fill.size:  # then there is one segment
             cells = np.concatenate((full.cells, fill.cells), axis=1)
         else:
             cells = np.concatenate([each.full.cells for each in segments])

@@ -46,7 +46,7 @@ class Decoder:
         embedding: (vocab, hidden).
         layers: in order.
         final_norm: (hidden,).
-        lm_head: hidden -> vocab; with the embedding itself where tied.
+        lm_head: hidden -> vocab; where tied with the embedding itself, or with it packed.
     """
 
     def __init__(

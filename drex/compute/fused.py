@@ -50,8 +50,8 @@ class FusedLayers:
 
     def run(self, batch: Pass) -> Ends:
         """As of `Layers`."""
-        for segment in batch.parts:
-            ends = self._segment(segment)
+        for each in batch.parts:
+            ends = self._segment(each)
         return ends
 
     def _segment(self, batch: Pass) -> Ends:

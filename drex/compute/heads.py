@@ -68,7 +68,7 @@ class ExitHead(nn.Module):
         return out
 
     def forward(self, hidden: Tensor, final_norm: Callable[[Tensor], Tensor], lm_head: Tensor) -> Tensor:
-        """Logits. Shapes: hidden (..., hidden), lm_head (vocab, hidden) -> (..., vocab)."""
+        """Logits, in training. Shapes: hidden (..., hidden), lm_head (vocab, hidden) -> (..., vocab)."""
         weight = self.head.weight if self.head is not None else lm_head
         return F.linear(self.features(hidden, final_norm), weight)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -15,11 +16,11 @@ class Linear(Protocol):
     """x W^T + b."""
 
     def __call__(self, rows: Tensor, /) -> Tensor:
-        """Shapes: (rows, in) -> (rows, out)."""
+        """Shapes: (..., in) -> (..., out)."""
 
 
 class PackedLinear(nn.Module):
-    """x W^T + b in float32 with W laid out once as MKL's kernels read it, which takes no more memory.
+    """x W^T + b in float32 with W laid out once as MKL's kernels read it.
 
     MKL lays an ordinary weight out anew in every product of more than three rows, which costs about as much as reading
     it. Packed, up to eight rows take little longer than one.
@@ -27,19 +28,23 @@ class PackedLinear(nn.Module):
     Args:
         weight: (out, in), on a CPU in float32; not kept.
         bias: (out,).
+
+    Attributes:
+        weight_bytes: of weight and bias. What W is packed into is longer, but the rest of it is never touched.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.bias = bias
-        self.weight_bytes = weight.nbytes
+        self.weight_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
         self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, PACKED_FOR)
         # The operator asks the unpacked weight for its shape, no more, if it is told that the number of rows fits.
-        self._shape_only = weight.new_empty(1).expand(weight.shape)
+        self._shape_only = weight.new_full((1,), math.nan).expand(weight.shape)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Shapes: (rows, in) -> (rows, out)."""
-        out: Tensor = torch.ops.mkl._mkl_linear(rows, self._packed, self._shape_only, self.bias, len(rows))
+        """Shapes: (..., in) -> (..., out)."""
+        count = rows.numel() // rows.shape[-1]
+        out: Tensor = torch.ops.mkl._mkl_linear(rows, self._packed, self._shape_only, self.bias, count)
         return out
 
 
@@ -66,7 +71,7 @@ def pack_inside(module: nn.Module) -> None:
 def weight_bytes(product: Linear) -> int:
     """Bytes of a product's weight and bias."""
     if isinstance(product, PackedLinear):
-        return product.weight_bytes + (0 if product.bias is None else product.bias.nbytes)
+        return product.weight_bytes
     assert isinstance(product, nn.Linear)
     return sum(parameter.nbytes for parameter in product.parameters())
 

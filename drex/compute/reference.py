@@ -78,7 +78,7 @@ class Layers(Protocol):
     """A way to compute segments."""
 
     def run(self, batch: Pass) -> Ends:
-        """Execute a pass, all its segments, but for the verdicts. Hidden states go to the arena, but from the last."""
+        """Execute a pass, all its segments, but for the verdicts. What waits for a deeper one goes to the arena."""
 
     def capture(self) -> None:
         """Prepare what can be prepared, once the K/V memory is there."""
@@ -101,8 +101,8 @@ class ReferenceLayers:
         """As of `Layers`."""
         machinery, last = self.machinery, batch.parts[-1]
         tensors = PassTensors.of(batch, machinery.decoder.device)
-        for segment in batch.parts:
-            machinery.tables.hear(segment.segment, segment.context.fresh)
+        for each in batch.parts:
+            machinery.tables.hear(each.segment, each.context.fresh)
         before, hidden = self._layers(batch, tensors)
         if not machinery.is_final(last.segment):
             machinery.arena.index_copy_(0, tensors.arena, hidden)

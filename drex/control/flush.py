@@ -33,6 +33,9 @@ FEW = 32
 """From so many ready rows on, only multiples of 8 are considered, and all of them."""
 EARNING_MEMORY = 128.0
 """Passes over which θ is averaged."""
+NOTHING = (0.0, 0.0, 0)
+DOUBT = 0.98
+"""An average over 128 passes is known to about 2 %, and resting costs nearly as much beside a model without exits."""
 ENOUGH = 64
 """Passes that tell what checking exits earns, after as many that don't: costs and drafts are learnt first."""
 
@@ -69,7 +72,8 @@ class FlushRule:
         self._tokens = self._seconds = 0.0
         # Tokens earned, and those that full depth would have earned meanwhile.
         self._gain = (0.0, 0.0)
-        self._checked = (0.0, 0.0, 0)
+        # The same of passes that checked exits, and how many: by whether requests ran ahead, and losslessly.
+        self._checked: dict[tuple[bool, bool], tuple[float, float, int]] = {}
         self._ahead = self._lossless = False
         self._context, self._refreshed = 0.0, -1
         self._decoding = self._told = 0
@@ -110,11 +114,11 @@ class FlushRule:
         The solved optimum; under run-ahead more, if more was earned; where requests are lossless, which nothing solves
         for, what was earned.
         """
-        solved, (tokens, full, passes) = self.outlook.yardstick, self._checked
-        earned = None
+        solved, earned = self.outlook.yardstick, None
+        tokens, at_full_depth, passes = self._checked.get((self._ahead, self._lossless), NOTHING)
         if solved is not None and passes >= 2 * ENOUGH:
             # The gain on full depth, not the rate: some of it may have been earned at other loads.
-            earned = tokens / full * solved.in_flight / self._one_by_one(solved.in_flight)
+            earned = tokens / at_full_depth * solved.in_flight / self._one_by_one(solved.in_flight)
         if self._lossless:
             return earned
         optimal = solved.optimal if solved is not None else None
@@ -122,9 +126,12 @@ class FlushRule:
 
     @property
     def pays(self) -> bool | None:
-        """Whether that is above full depth; None while either isn't known."""
+        """Whether that is above full depth; None while either isn't known.
+
+        What is only known from what was earned counts as above full depth where it is less by no more than the doubt.
+        """
         full, promised = self.full, self.promises
-        return None if full is None or promised is None else promised >= full
+        return None if full is None or promised is None else promised >= full * (DOUBT if self._lossless else 1.0)
 
     def might_not_pay(self, margin: float) -> bool:
         """Whether full depth times a margin would be above what checking exits earns, as far as that is known."""
@@ -147,10 +154,11 @@ class FlushRule:
         earned, full = self._gain
         self._gain = earned * fade + tokens, full * fade + at_full_depth
         if checked:
-            earned, full, passes = self._checked
+            kind = self._ahead, self._lossless
+            earned, full, passes = self._checked.get(kind, NOTHING)
             if passes >= ENOUGH:
                 earned, full = earned * fade + tokens, full * fade + at_full_depth
-            self._checked = earned, full, passes + 1
+            self._checked[kind] = earned, full, passes + 1
 
     def tick(
         self, pass_number: int, decoding: int, context: float, *, ahead: bool = False, lossless: bool = False

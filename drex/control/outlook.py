@@ -10,9 +10,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
-
-from threadpoolctl import threadpool_limits
+from typing import NamedTuple
 
 from drex.control.cost import CostModel
 from drex.control.yardstick import MOST_OWED, Yardstick, measure
@@ -80,7 +78,7 @@ class Outlook:
         if wanted and self._under_way is None:
             self._solver = self._solver or ThreadPoolExecutor(1, thread_name_prefix="drex-outlook")
             asked, cost = _Asked(pass_number, tuple(exit_rates), decoding), self._cost.copy()
-            solve = partial(_solve, grain=GRAIN, most_owed=self._most_owed)
+            solve = partial(measure, grain=GRAIN, most_owed=self._most_owed)
             future = self._solver.submit(solve, cost, asked.exit_rates, decoding, context, self._kv_fill)
             self._under_way = asked, future
 
@@ -104,12 +102,6 @@ class Outlook:
             one, two = (one - 1, two) if one > two else (one, two - 1)
         segment = solved.choice[one, two]
         return segment if (ready, first, second)[segment] else None
-
-
-def _solve(*given: Any, **settings: Any) -> Yardstick:
-    """As `measure`, on one core: systems this small are solved no faster on several, which passes need meanwhile."""
-    with threadpool_limits(limits=1, user_api="blas"):
-        return measure(*given, **settings)
 
 
 def _size(decoding: int) -> int:

@@ -120,9 +120,10 @@ class Placement:
         self, segment: int, seats: IntArray, sizes: IntArray, rows: IntArray, positions: IntArray, arena: IntArray
     ) -> Placed:
         """Every position has an entry of its own; under mask some before it may have none."""
-        table = self.pool.tables[segment]
-        counts = table.counts[seats]
-        entries = positions if self.kv_fill != "mask" else ragged(counts, counts + sizes)[1]
+        table, entries = self.pool.tables[segment], positions
+        if self.kv_fill == "mask":
+            counts = table.counts[seats]
+            entries = ragged(counts, counts + sizes)[1]
         cells = self.pool.append(segment, rows, entries)
         full = Rows(positions, arena, cells)
         return Placed(rows, positions, None, rows, full, NO_ROWS, entries + 1, sizes, table.contexts(seats))

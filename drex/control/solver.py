@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from threading import Lock
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from drex.control.plan import BoolArray, FloatArray, IntArray
 
 ROUNDS = 50
 FEWEST, NEARLY_ALL = 1e-9, 1 - 1e-9
 """Exit rates are taken to lie between these: at 0 and 1 some states lead nowhere."""
+_SOLVING = Lock()
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,21 @@ def solve_two_exits(exit_rates: Sequence[float], shallow: FloatArray, middle: Fl
     )
 
 
+def _solve(system: FloatArray, right: FloatArray) -> FloatArray:
+    """Linear equations, on one core: so few are solved no faster on several, which passes need meanwhile.
+
+    OpenBLAS has one number of threads for the whole process, hence the lock: two that overlapped would restore each
+    other's.
+    """
+    with _SOLVING, _openblas().limit(limits=1):
+        return np.asarray(np.linalg.solve(system, right), dtype=np.float64)
+
+
+@cache
+def _openblas() -> ThreadpoolController:
+    return ThreadpoolController().select(internal_api="openblas")
+
+
 def _policy_iteration(moves: FloatArray, gains: FloatArray, times: FloatArray) -> tuple[float, IntArray, FloatArray]:
     """Howard's policy iteration for an average-reward semi-Markov process.
 
@@ -164,7 +183,7 @@ def _policy_iteration(moves: FloatArray, gains: FloatArray, times: FloatArray) -
         # v + θ t = r + P v with v[0] = 0: θ takes the place of v[0] among the unknowns.
         system = np.eye(size) - moves[choice, each]
         system[:, 0] = times[choice, each]
-        solved = np.linalg.solve(system, gains[choice, each])
+        solved = _solve(system, gains[choice, each])
         rate = float(solved[0])
         values = solved.copy()
         values[0] = 0.0

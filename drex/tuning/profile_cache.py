@@ -1,6 +1,6 @@
 """Finds the profile of a model on this machine, or has it measured.
 
-Profiles are kept by all that changes what a pass takes: model shape, exits, device, dtype, threads, torch.
+Profiles are kept by all that changes what a pass takes: model shape, exits, device, dtype, threads, torch, revision.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from drex.tuning.profile import Profiler, choose_threads
 log = logging.getLogger(__name__)
 MEASURE = "measure"
 FRESH_SECONDS = 30 * 86_400.0
-COSTS = 2
+REVISION = 2
 """Raised whenever a change of drex makes passes cost something else."""
 
 
@@ -98,7 +98,7 @@ def _key(runner: SegmentRunner, config: EngineConfig, exits: ExitPlan, threads: 
         "device": device_name(runner.decoder.device),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
-        "costs": COSTS,
+        "revision": REVISION,
         "dtype": str(runner.decoder.dtype),
         "kernels": runner.kernels,
         "graphs": list(runner.buckets[-1:]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,13 @@ from drex.control.rates import KNOWN, MEMORY, ExitRates
 from drex.control.solver import solve_one_exit, solve_two_exits
 from drex.control.yardstick import mean_pass_seconds, measure
 
+
+def blas_threads() -> set[int]:
+    """Of numpy's OpenBLAS; empty where that is another one."""
+    return {library["num_threads"] for library in ThreadpoolController().select(internal_api="openblas").info()}
+
+
+BLAS_THREADS = blas_threads()
 CONTEXT = 64.0
 FULLY = 1_000_000
 
@@ -370,23 +378,34 @@ def test_whether_lossless_drafts_pay_is_judged_by_full_depth_at_the_load_they_ra
     assert rule.outlook.yardstick.in_flight == now
     assert rule.promises == pytest.approx(share * full[now], rel=0.02)
     assert rule.pays is expected
+    # Other requests earn something else.
+    rule.tick(number, now, CONTEXT, ahead=True, lossless=False)
+    assert rule.promises == rule.outlook.yardstick.optimal
 
 
-def test_while_it_is_solved_linear_algebra_has_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    controller = ThreadpoolController().select(user_api="blas")
+def test_while_two_are_solved_linear_algebra_has_one_core_and_afterwards_what_it_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if BLAS_THREADS in (set(), {1}):
+        pytest.skip("numpy's BLAS has one thread here anyway, or is none that threadpoolctl knows as OpenBLAS")
+    seen: list[set[int]] = []
 
-    def threads() -> set[int]:
-        return {library["num_threads"] for library in controller.info()}
+    def solve(*given: Floats) -> Floats:
+        seen.append(blas_threads())
+        time.sleep(0.02)
+        return actual(*given)
 
-    before, seen = threads(), set()
-    if max(before, default=1) == 1:
-        pytest.skip("numpy's BLAS has one thread here anyway, or is not known to threadpoolctl")
-    monkeypatch.setattr("drex.control.outlook.measure", lambda *_, **__: seen.update(threads()))
-    ahead = outlook(2)
-    ahead.tick(0, 8, (0.4,), CONTEXT)
-    ahead.tick(DELAY, 8, (0.4,), CONTEXT)
-    assert seen == {1}
-    assert threads() == before
+    actual = np.linalg.solve
+    monkeypatch.setattr(np.linalg, "solve", solve)
+    both = [outlook(), outlook()]
+    for ahead in both:
+        ahead.tick(0, 8, (0.4, 0.4), CONTEXT)
+    for ahead in both:
+        ahead.tick(DELAY, 8, (0.4, 0.4), CONTEXT)
+        assert ahead.yardstick is not None
+    assert len(seen) > 2
+    assert all(each == {1} for each in seen)
+    assert blas_threads() == BLAS_THREADS
 
 
 @pytest.mark.parametrize("shape", SHAPES)
