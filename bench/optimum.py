@@ -65,9 +65,9 @@ def rate(records: Sequence[PassRecord]) -> float:
     return sum(record.tokens for record in records) / sum(record.seconds for record in records)
 
 
-def costed(records: Sequence[PassRecord], found: Found) -> float:
+def costed(records: Sequence[PassRecord], cost: CostModel) -> float:
     """Tokens a second if each pass had taken what such passes took in the whole run, of all policies."""
-    return sum(record.tokens for record in records) / sum(_predicted(record, found.cost) for record in records)
+    return sum(record.tokens for record in records) / sum(_predicted(record, cost) for record in records)
 
 
 def _predicted(record: PassRecord, cost: CostModel) -> float:
@@ -140,7 +140,7 @@ def _summary(cells: list[Cell], windows: dict[str, list[list[PassRecord]]], foun
             "tokens_per_s": achieved,
             "each": rates,
             "of_optimum": achieved / optimal,
-            "costed_of_optimum": None if cell.policy == "full" else costed(cell.history, found) / optimal,
+            "costed_of_optimum": None if cell.policy == "full" else costed(cell.history, found.cost) / optimal,
             "of_full": achieved / found.full,
             "involuntary_exits": cell.metrics.involuntary_exits,
             "involuntary_stays": cell.metrics.involuntary_stays,
