@@ -59,16 +59,21 @@ def fixed_rules(count: int, exits: int) -> list[dict[str, Any]]:
 
 
 def replay(
-    subject: Subject, works: list[Workload], depths: dict[str, list[int]], found: Found, rule: dict[str, Any] | None
+    subject: Subject,
+    work: Workload,
+    turns: int,
+    depths: dict[str, list[int]],
+    found: Found,
+    rule: dict[str, Any] | None = None,
 ) -> float:
     """Tokens a second of `drex`, or of a fixed rule, on recorded exits; the first turn only warms up."""
-    count = len(works[0].jobs)
+    count = len(work.jobs)
     engine = subject.engine("drex", count)
     engine.executor = VirtualExecutor(found.cost, RecordedExits(depths))
     if rule is not None:
         FixedRule.replacing(engine.scheduler, **rule)
     passes = []
-    for turn, work in enumerate(works):
+    for turn in range(turns):
         history = while_all_decode(engine, work.requests(subject, engine, turn), count)
         passes += history if turn else []
     return rate(passes)
@@ -80,11 +85,11 @@ def measure(subject: Subject, count: int, options: argparse.Namespace) -> dict[s
     prompts = held_out_prompts(subject, PROMPT)
     # Drawn, so that each turn has texts of its own: there are fewer prompts than requests.
     params = SamplingParams(temperature=0.8, ignore_eos=True)
-    works = [Workload(prompts, [Job(PROMPT, tokens)] * count, params, "closed")] * (options.repeats + 1)
+    work, turns = Workload(prompts, [Job(PROMPT, tokens)] * count, params, "closed"), options.repeats + 1
     cells = [Cell(policy, count, subject.engine(policy, count)) for policy in ("full", "drex")]
     depths: dict[str, list[int]] = {}
     speeds: dict[str, list[float]] = {cell.policy: [] for cell in cells}
-    for (turn, work), cell in itertools.product(enumerate(works), cells):
+    for turn, cell in itertools.product(range(turns), cells):
         arrivals = work.requests(subject, cell.engine, turn)
         history = while_all_decode(cell.engine, arrivals, count)
         if cell.policy == "drex":
@@ -95,9 +100,9 @@ def measure(subject: Subject, count: int, options: argparse.Namespace) -> dict[s
             speeds[cell.policy].append(rate(history))
     found = yardstick(cells)
     assert found is not None
-    ours = replay(subject, works, depths, found, None)
+    ours = replay(subject, work, turns, depths, found)
     rules = fixed_rules(count, len(found.exit_rates))
-    tried = [replay(subject, works, depths, found, rule) for rule in rules]
+    tried = [replay(subject, work, turns, depths, found, rule) for rule in rules]
     best = max(range(len(rules)), key=tried.__getitem__)
     sizes = [None if math.isinf(size) else size for size in rules[best]["flush_at"]]
     return {

@@ -14,7 +14,8 @@ needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="we
 
 
 @pytest.fixture(autouse=True)
-def threads():
+def same_numbers_and_threads():
+    torch.manual_seed(0)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -24,21 +25,27 @@ def threads():
 @pytest.mark.parametrize("shape", [(96, 40), (1, 7), (768, 256), (1000, 33)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_packed_weight_gives_the_same_product_for_any_number_of_rows_and_threads(shape, with_bias):
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape, generator=generator)
-    bias = torch.randn(shape[0], generator=generator) if with_bias else None
+    weight = torch.randn(shape)
+    bias = torch.randn(shape[0]) if with_bias else None
     product = linear(weight, bias)
     assert isinstance(product, PackedLinear)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for rows in (0, 1, 2, 3, 4, 5, 8, 17, 64, 128, 129, 300):
-            x = torch.randn(rows, shape[1], generator=generator)
+            x = torch.randn(rows, shape[1])
             torch.testing.assert_close(product(x), F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
 
 
 @needs_mkl
 def test_rows_that_lie_apart_in_memory_are_multiplied_as_they_are():
     weight, x = torch.randn(24, 16), torch.randn(5, 48)[:, 8:24]
+    torch.testing.assert_close(linear(weight)(x), F.linear(x, weight), rtol=1e-5, atol=1e-4)
+
+
+@needs_mkl
+@pytest.mark.parametrize("leading", [(), (2, 3), (4, 1, 5)])
+def test_rows_may_have_any_leading_dimensions(leading):
+    weight, x = torch.randn(24, 16), torch.randn(*leading, 16)
     torch.testing.assert_close(linear(weight)(x), F.linear(x, weight), rtol=1e-5, atol=1e-4)
 
 

@@ -109,11 +109,11 @@ class Placement:
         full, visible = Rows(positions[runs], arena[runs], cells), entries[runs] + 1
         return Placed(rows, positions, runs, rows[runs], full, NO_ROWS, visible, sizes, table.contexts(seats))
 
-    def place_through(self, first: int, seats: IntArray, starts: IntArray, stops: IntArray) -> list[Placed]:
-        """As `place`, for each segment from `first` on; of positions that go through."""
+    def place_each(self, first: int, last: int, seats: IntArray, starts: IntArray, stops: IntArray) -> list[Placed]:
+        """As `place`, for the segments `first` to `last`; to more than one only what goes through."""
         placed = [self.place(first, seats, starts, stops)]
         rows, positions, sizes, arena = placed[0].seats, placed[0].positions, placed[0].sizes, placed[0].full.arena
-        deeper = range(first + 1, self.segments)
+        deeper = range(first + 1, last + 1)
         return placed + [self._all_run(each, seats, sizes, rows, positions, arena) for each in deeper]
 
     def _all_run(

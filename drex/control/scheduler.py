@@ -147,10 +147,8 @@ class Scheduler:
         assert len(spans)
         starts = seats.reached[segment + 1, spans]
         stops = starts + counts
-        if choice.through and self._goes_through(spans, starts, stops):
-            last, placed = self.segments - 1, self.placement.place_through(segment, spans, starts, stops)
-        else:
-            last, placed = segment, [self.placement.place(segment, spans, starts, stops)]
+        last = self.segments - 1 if choice.through and self._goes_through(spans, starts, stops) else segment
+        placed = self.placement.place_each(segment, last, spans, starts, stops)
         asked = self.decisions.ask(last, spans, placed[-1], checking=checking)
         self.unchecked += asked.unasked if last == segment else self.decisions.could_exit(asked)
         seats.idle[spans] = False
