@@ -3,10 +3,11 @@
 Seconds are whole steps of the engine, scheduling included. The model is
 
     T_s = rows_s(full rows) + span_s · spans + context_s · entries + head_s(evaluations) + kv_s · K/V-only rows
+          + engine + request · spans
 
 with piecewise-linear curves for rows and head: a machine's steps (tiles, narrow products, graph buckets) don't follow
-one line. Online, each segment keeps a correction by size of the pass, a moving geometric mean of measured / predicted,
-and so do passes over all segments at once.
+one line. The last two are the engine's own time. Online, each segment keeps a correction by size of the pass, a moving
+geometric mean of measured / predicted, and so do passes over all segments at once.
 
 Invariants: predictions are positive; a correction only moves by what was observed.
 """
@@ -79,10 +80,9 @@ class CostModel:
 
     def predict(self, segment: int, load: Load) -> float:
         """Seconds that a pass will take."""
-        rows, spans, entries, evaluations, kv_rows = (np.float64(value) for value in load)
-        cost = self.profile.segments[segment]
-        base = cost.seconds(rows, spans, entries, evaluations, kv_rows)
-        return max(float(base), 1e-9) * math.exp(self._correction(segment, load.rows + load.kv_rows))
+        own = self.profile.own
+        base = self.profile.segments[segment].seconds(*load) + own.per_pass + own.per_request * load.spans
+        return max(base, 1e-9) * math.exp(self._correction(segment, load.rows + load.kv_rows))
 
     def decode(self, segment: int, live: FloatArray, fills: FloatArray, context: float, *, runs: bool) -> FloatArray:
         """Seconds of passes over live rows and the fills that they owe, with the head at the end on each live row.
@@ -94,12 +94,19 @@ class CostModel:
             context: K/V entries of a request.
             runs: fill rows run in full (`recompute`); otherwise they only write K/V.
         """
-        cost = self.profile.segments[segment]
         total = live + fills
-        seconds = cost.rows.at(total if runs else live) + cost.live_seconds(live, context)
+        seconds = self.row_seconds(segment, total if runs else live) + self.live_seconds(segment, live, context)
         if not runs:
-            seconds = seconds + cost.kv_row * fills
+            seconds = seconds + self.profile.segments[segment].kv_row * fills
         return seconds * self.factors(segment, total)
+
+    def row_seconds(self, segment: int, rows: FloatArray) -> FloatArray:
+        """What a pass takes for rows, before corrections: the layers', and what a pass costs the engine."""
+        return np.asarray(self.profile.segments[segment].rows.at(rows) + self.profile.own.per_pass * (rows > 0))
+
+    def live_seconds(self, segment: int, live: FloatArray, context: float) -> FloatArray:
+        """What live rows add to a pass, before corrections, one a request: K/V that is read, the head, the engine."""
+        return self.profile.segments[segment].live_seconds(live, context) + self.profile.own.per_request * live
 
     def factors(self, segment: int, rows: FloatArray) -> FloatArray:
         """Corrections of passes by all their rows, those that only write K/V included."""

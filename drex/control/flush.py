@@ -34,8 +34,6 @@ FEW = 32
 EARNING_MEMORY = 128.0
 """Passes over which θ is averaged."""
 NOTHING = (0.0, 0.0, 0)
-DOUBT = 0.98
-"""An average over 128 passes is known to about 2 %, and resting costs nearly as much beside a model without exits."""
 ENOUGH = 64
 """Passes that tell what checking exits earns, after as many that don't: costs and drafts are learnt first."""
 
@@ -72,8 +70,9 @@ class FlushRule:
         self._tokens = self._seconds = 0.0
         # Tokens earned, and those that full depth would have earned meanwhile.
         self._gain = (0.0, 0.0)
-        # The same of passes that checked exits, and how many: by whether requests ran ahead, and losslessly.
-        self._checked: dict[tuple[bool, bool], tuple[float, float, int]] = {}
+        # The same of passes that checked exits, and how many: by how many decoded, whether requests ran ahead, and
+        # losslessly.
+        self._checked: dict[tuple[int, bool, bool], tuple[float, float, int]] = {}
         self._ahead = self._lossless = False
         self._context, self._refreshed = 0.0, -1
         self._decoding = self._told = 0
@@ -114,24 +113,21 @@ class FlushRule:
         The solved optimum; under run-ahead more, if more was earned; where requests are lossless, which nothing solves
         for, what was earned.
         """
-        solved, earned = self.outlook.yardstick, None
-        tokens, at_full_depth, passes = self._checked.get((self._ahead, self._lossless), NOTHING)
-        if solved is not None and passes >= 2 * ENOUGH:
-            # The gain on full depth, not the rate: some of it may have been earned at other loads.
-            earned = tokens / at_full_depth * solved.in_flight / self._one_by_one(solved.in_flight)
-        if self._lossless:
-            return earned
-        optimal = solved.optimal if solved is not None else None
-        return optimal if optimal is None or earned is None or not self._ahead else max(optimal, earned)
+        solved, load = self.outlook.yardstick, self._load
+        if not load:
+            return None
+        # Gains on full depth, not rates: the machine may have been faster.
+        tokens, at_full_depth, passes = self._checked.get(self._kind, NOTHING)
+        gains = [tokens / at_full_depth] if passes >= 2 * ENOUGH and self._ahead else []
+        if not self._lossless and solved is not None and solved.optimal is not None:
+            gains.append(solved.optimal / solved.full)
+        return max(gains) * load / self._one_by_one(load) if gains else None
 
     @property
     def pays(self) -> bool | None:
-        """Whether that is above full depth; None while either isn't known.
-
-        What is only known from what was earned counts as above full depth where it is less by no more than the doubt.
-        """
+        """Whether that is above full depth; None while either isn't known."""
         full, promised = self.full, self.promises
-        return None if full is None or promised is None else promised >= full * (DOUBT if self._lossless else 1.0)
+        return None if full is None or promised is None else promised >= full
 
     def might_not_pay(self, margin: float) -> bool:
         """Whether full depth times a margin would be above what checking exits earns, as far as that is known."""
@@ -140,11 +136,16 @@ class FlushRule:
 
     @property
     def full(self) -> float | None:
-        """Full depth's tokens a second at the load that was solved for, all segments at once; None until one was."""
-        solved = self.outlook.yardstick
-        if solved is None:
-            return None
-        return solved.full / float(self._at_once[min(solved.in_flight, len(self._at_once) - 1)])
+        """Full depth's tokens a second, all segments at once, at the load that promises are made for."""
+        load = self._load
+        return load / self.full_step(load) if load else None
+
+    @property
+    def _load(self) -> int | None:
+        """Requests that what is promised goes for: as was solved, or the present ones where nothing has to be."""
+        if self._lossless:
+            return self._decoding
+        return None if self.outlook.yardstick is None else self.outlook.yardstick.in_flight
 
     def observe(self, tokens: int, seconds: float, *, checked: bool = True) -> None:
         """Count a pass: tokens decided, what it took, and whether exits were checked at the time."""
@@ -154,11 +155,15 @@ class FlushRule:
         earned, full = self._gain
         self._gain = earned * fade + tokens, full * fade + at_full_depth
         if checked:
-            kind = self._ahead, self._lossless
-            earned, full, passes = self._checked.get(kind, NOTHING)
+            earned, full, passes = self._checked.get(self._kind, NOTHING)
             if passes >= ENOUGH:
                 earned, full = earned * fade + tokens, full * fade + at_full_depth
-            self._checked[kind] = earned, full, passes + 1
+            self._checked[self._kind] = earned, full, passes + 1
+
+    @property
+    def _kind(self) -> tuple[int, bool, bool]:
+        """What earns alike: loads of about a size, and requests that run ahead alike."""
+        return round(math.log2(max(1, self._decoding))), self._ahead, self._lossless
 
     def tick(
         self, pass_number: int, decoding: int, context: float, *, ahead: bool = False, lossless: bool = False
@@ -191,15 +196,16 @@ class FlushRule:
             self._refresh()
         if (due or moved > LOAD_MOVED * self._told) and self.rates.known:
             self._told = self._decoding
-            self.outlook.tick(pass_number, self._decoding, self._exits, context)
+            # Nothing that lossless requests do is read from it: it is only shown.
+            self.outlook.tick(pass_number, self._decoding, self._exits, context, used=not self._lossless)
 
     def _refresh(self) -> None:
-        counts, context, costs = self.counts, self._context, self.cost.profile.segments
+        counts, context, segments = self.counts, self._context, range(self.cost.segments)
         self._exits = self.rates.all()
         self._full, self._at_once = self.cost.full_depth(counts, context), self.cost.at_once(counts)
-        self._rows = [cost.rows.at(counts) for cost in costs]
-        self._live = [cost.live_seconds(counts, context) for cost in costs]
-        self._factors = [self.cost.factors(segment, counts) for segment in range(len(costs))]
+        self._rows = [self.cost.row_seconds(segment, counts) for segment in segments]
+        self._live = [self.cost.live_seconds(segment, counts, context) for segment in segments]
+        self._factors = [self.cost.factors(segment, counts) for segment in segments]
         self._shallow = self.seconds(0, counts, 0.0)
 
     def seconds(self, segment: int, live: FloatArray | float, fills: FloatArray | float) -> FloatArray:

@@ -58,8 +58,18 @@ class Outlook:
         self._solved: dict[int, tuple[_Asked, Yardstick]] = {}
         self.yardstick: Yardstick | None = None
 
-    def tick(self, pass_number: int, decoding: int, exit_rates: Sequence[float], context: float) -> None:
-        """Use what is due, or ask for what is stale. Called every so many passes."""
+    def tick(
+        self, pass_number: int, decoding: int, exit_rates: Sequence[float], context: float, *, used: bool = True
+    ) -> None:
+        """Use what is due, or ask for what is stale. Called every so many passes.
+
+        Args:
+            pass_number: of the next pass.
+            decoding: requests.
+            exit_rates: at each exit point.
+            context: mean K/V entries of a request.
+            used: whether decisions are read from it; what is stale will do where not, since solving takes a core.
+        """
         if self._under_way is not None and pass_number >= self._under_way[0].at + DELAY:
             asked, future = self._under_way
             self._under_way, self._solved[_size(asked.decoding)] = None, (asked, future.result())
@@ -74,11 +84,11 @@ class Outlook:
                 return not near, near and each[0].stale(pass_number, exit_rates), off
 
             asked, self.yardstick = min(self._solved.values(), key=order)
-            wanted = not asked.near(decoding) or asked.stale(pass_number, exit_rates)
+            wanted = not asked.near(decoding) or (used and asked.stale(pass_number, exit_rates))
         if wanted and self._under_way is None:
             self._solver = self._solver or ThreadPoolExecutor(1, thread_name_prefix="drex-outlook")
             asked, cost = _Asked(pass_number, tuple(exit_rates), decoding), self._cost.copy()
-            solve = partial(measure, grain=GRAIN, most_owed=self._most_owed)
+            solve = partial(measure, grain=GRAIN, most_owed=self._most_owed, last=self.yardstick)
             future = self._solver.submit(solve, cost, asked.exit_rates, decoding, context, self._kv_fill)
             self._under_way = asked, future
 

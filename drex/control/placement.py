@@ -130,10 +130,13 @@ class Placement:
 
     def goes_through(self, seats: IntArray, starts: IntArray, stops: IntArray) -> bool:
         """Whether positions [start, stop) of requests run in full at all segments, and nothing else has to before."""
-        known, (span, positions) = self.seats, ragged(starts, stops)
-        if (known.reached[1:, seats] != starts).any():
+        known = self.seats
+        if np.count_nonzero(known.reached[1:].take(seats, axis=1) != starts):
             return False
-        return self.kv_fill == "recompute" or bool((known.depth[seats[span], positions] == self.segments).all())
+        if self.kv_fill == "recompute":
+            return True
+        span, positions = ragged(starts, stops)
+        return bool((known.depth[seats[span], positions] == self.segments).all())
 
     def _arena(self, rows: IntArray, positions: IntArray) -> IntArray:
         return self.arena.rows(rows, positions) if self.segments > 1 else np.zeros_like(positions)

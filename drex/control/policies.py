@@ -23,7 +23,7 @@ PROBE_EVERY = 64
 """`adaptive`: while checking exits does not pay, one pass in so many checks all the same, to notice when it would."""
 PROBE_WEIGHT = 8
 """Its rows count so many times for exit rates: they stand for those of all passes since the last one."""
-SURE = 1.25
+SURE = 1.6
 """`adaptive`: where checking exits promises less than so many times full depth, what that takes is tried, first after
 `PROBE_EVERY` passes, then each time after twice as many, up to `PROBE_EVERY * PROBE`."""
 PROBE = 16
@@ -95,10 +95,13 @@ class Split:
         config: of the engine.
         cost: of passes.
         kv_fill: what fills the layers that a token skipped.
+
+    Attributes:
+        checking: whether the rows of the last pass over segment 0, which may wait deeper now, were checked as a rule.
     """
 
     def __init__(self, config: EngineConfig, cost: CostModel, kv_fill: str) -> None:
-        self.config = config
+        self.config, self.checking = config, True
         self.rates = ExitRates(cost.segments - 1)
         most = 2 * config.max_num_seqs + config.max_fill_rows
         self.rule = FlushRule(cost, self.rates, kv_fill, most, config.max_fill_rows)
@@ -140,7 +143,8 @@ class Drex(Split):
 
     def checks_exits(self, segment: int) -> bool:
         if segment == 0:
-            self._probes = self._probes_next
+            # One probe alone earns less than always checking would: under run-ahead buffers fill first.
+            self._probes, self.checking = self._probes_next, not self.resting
             self._asked += 1
         # What is checked before the first exit point is checked at the others too.
         return self._probes or not self.resting

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -48,6 +49,29 @@ class Curve:
             out = np.asarray(out * np.maximum(1.0, count / xs[-1]))
         return np.where(count > 0, out, 0.0)
 
+    def one(self, count: float) -> float:
+        """As `at`, of one count: numpy takes many times as long for that."""
+        if count <= 0:
+            return 0.0
+        xs, ys = self.counts, self.seconds
+        if count > xs[-1]:
+            if len(xs) == 1:
+                return ys[0] * count / xs[0]
+            return ys[-1] + max(0.0, (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])) * (count - xs[-1])
+        after = bisect_left(xs, count)
+        if after == 0 or xs[after] == count:
+            return ys[after]
+        share = (count - xs[after - 1]) / (xs[after] - xs[after - 1])
+        return ys[after - 1] + share * (ys[after] - ys[after - 1])
+
+
+@dataclass(frozen=True)
+class OwnCost:
+    """What the engine itself takes of a step where passes wait for it, in seconds: a pass, and each request in it."""
+
+    per_pass: float = 0.0
+    per_request: float = 0.0
+
 
 @dataclass(frozen=True)
 class SegmentCost:
@@ -67,13 +91,10 @@ class SegmentCost:
     entry: float
     kv_row: float
 
-    def seconds(
-        self, rows: np.float64, spans: np.float64, entries: np.float64, evaluations: np.float64, kv_rows: np.float64
-    ) -> float:
+    def seconds(self, rows: int, spans: int, entries: int, evaluations: int, kv_rows: int) -> float:
         """Seconds of a pass."""
-        further = max(0.0, spans - 1)
-        out = float(self.rows.at(rows)) + float(self.head.at(evaluations))
-        return out + self.span * further + self.entry * entries + self.kv_row * kv_rows
+        out = self.rows.one(rows) + self.head.one(evaluations)
+        return out + self.span * max(0, spans - 1) + self.entry * entries + self.kv_row * kv_rows
 
     def live_seconds(self, live: FloatArray, context: float) -> FloatArray:
         """What live rows add to a pass, one a request: K/V that is read, and the head."""
@@ -89,11 +110,13 @@ class Profile:
         segments: in order; the last one's head is the final head.
         threads: of the CPU that it was measured with; None on a device of its own.
         source: where it comes from, for people: machine and date, or the preset's name.
+        own: of the engine, once a pass.
     """
 
     segments: tuple[SegmentCost, ...]
     threads: int | None = None
     source: str = ""
+    own: OwnCost = OwnCost()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -117,7 +140,9 @@ class Profile:
                 )
                 for part in data["segments"]
             )
-            return cls(segments, data.get("threads"), str(data.get("source", "")))
+            own = data.get("own", {})
+            own_cost = OwnCost(float(own.get("per_pass", 0.0)), float(own.get("per_request", 0.0)))
+            return cls(segments, data.get("threads"), str(data.get("source", "")), own_cost)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a cost profile ({error!r}): make one with `drex profile`") from error
 
@@ -125,7 +150,7 @@ class Profile:
         """The costs with only some of the exit points, by index: segments between them run as one, without a head."""
         edges = [-1, *kept, len(self.segments) - 1]
         groups = [self.segments[start + 1 : stop + 1] for start, stop in pairwise(edges)]
-        return Profile(tuple(_joined(group) for group in groups), self.threads, self.source)
+        return replace(self, segments=tuple(_joined(group) for group in groups))
 
     def scaled(self, factor: float) -> Profile:
         """All costs times a factor: a profile of another machine, or one that is wrong on purpose."""
@@ -137,7 +162,8 @@ class Profile:
             SegmentCost(curve(c.rows), curve(c.head), factor * c.span, factor * c.entry, factor * c.kv_row)
             for c in self.segments
         )
-        return Profile(segments, self.threads, self.source)
+        own = OwnCost(factor * self.own.per_pass, factor * self.own.per_request)
+        return replace(self, segments=segments, own=own)
 
 
 def _joined(segments: Sequence[SegmentCost]) -> SegmentCost:

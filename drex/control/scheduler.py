@@ -152,7 +152,8 @@ class Scheduler:
         asked = self.decisions.ask(last, spans, placed[-1], checking=checking)
         self.unchecked += asked.unasked if last == segment else self.decisions.could_exit(asked)
         seats.idle[spans] = False
-        self._outstanding[number] = Work(spans, counts, last, placed[-1], asked, standing.decoding)
+        earning = last == segment and self.policy.checking
+        self._outstanding[number] = Work(spans, counts, last, placed[-1], asked, standing.decoding, earning)
         then = None
         for each in range(last, segment - 1, -1):
             rows = placed[each - segment]
@@ -272,14 +273,13 @@ class Scheduler:
 
     def took(self, done: Pass, seconds: float) -> None:
         """Learn how long a committed pass took, the engine's own time included."""
-        load, work, rule = Load.of(done), self._outstanding.pop(done.number), self.policy.rule
-        checked = done.then is None and not self.policy.resting
+        load, work, rule = Load.of(done.parts[-1]), self._outstanding.pop(done.number), self.policy.rule
         if done.then is None:
             self.cost.observe(done.segment, load, seconds)
         else:
-            self.cost.observe_through(Load.of(done.parts[-1]), seconds)
+            self.cost.observe_through(load, seconds)
         if not work.prompts:
-            rule.observe(work.decided, seconds, checked=checked)
+            rule.observe(work.decided, seconds, checked=work.checking)
             if done.segment == 0:
                 self._context = load.entries / load.spans
         elif work.live:
@@ -288,7 +288,7 @@ class Scheduler:
             alone = (
                 float(rule.seconds(done.segment, work.live, fills)) if done.then is None else rule.full_step(work.live)
             )
-            rule.observe(work.decided, alone, checked=checked)
+            rule.observe(work.decided, alone, checked=work.checking)
         rule.prepare(self.passes, self._context)
 
     def work(self, done: Pass) -> Work:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from drex.control.plan import BoolArray, FloatArray, IntArray
+from drex.control.plan import BoolArray, FloatArray, IntArray, ragged
 
 ROUNDS = 50
 FEWEST, NEARLY_ALL = 1e-9, 1 - 1e-9
@@ -66,7 +67,7 @@ def solve_one_exit(exit_rate: float, shallow: FloatArray, flush: FloatArray) -> 
 
 
 def _sweep(
-    rate: float, exit_rate: float, shallow: FloatArray, flush: FloatArray, going: list[FloatArray]
+    rate: float, exit_rate: float, shallow: FloatArray, flush: FloatArray, going: FloatArray
 ) -> tuple[FloatArray, float, float]:
     """Backward induction of one cycle at a given rate.
 
@@ -79,7 +80,7 @@ def _sweep(
     value[count], tokens[count], seconds[count] = count - rate * flush[count], count, flush[count]
     for waiting in range(count - 1, -1, -1):
         ready = count - waiting
-        moves = going[ready]  # how many of the ready rows join the buffer
+        moves = going[ready, : ready + 1]  # how many of the ready rows join the buffer
         moving = 1.0 - moves[0]
         ahead = slice(waiting + 1, count + 1)
         go_tokens = (exit_rate * ready + float(moves[1:] @ tokens[ahead])) / moving
@@ -112,43 +113,68 @@ class TwoExits:
     units: int
 
 
-def solve_two_exits(exit_rates: Sequence[float], shallow: FloatArray, middle: FloatArray, deep: FloatArray) -> TwoExits:
+def solve_two_exits(
+    exit_rates: Sequence[float],
+    shallow: FloatArray,
+    middle: FloatArray,
+    deep: FloatArray,
+    start: TwoExits | None = None,
+) -> TwoExits:
     """θ* and the optimal decisions for two exit points, by policy iteration.
 
     Args:
         exit_rates: at the two exit points.
         shallow, middle, deep: mean times of passes over segments 0, 1, 2, by live rows, fills included; (N + 1,).
+        start: what was solved before, of as many units: it takes fewer rounds from there.
     """
     count = len(shallow) - 1
-    exit_rates = [min(max(rate, FEWEST), NEARLY_ALL) for rate in exit_rates]
-    states = [(i, j) for i in range(count + 1) for j in range(count + 1 - i)]
-    number = {state: n for n, state in enumerate(states)}
-    first, second = (_binomials(count, 1.0 - rate) for rate in exit_rates)
-    size = len(states)
-    moves = np.zeros((3, size, size))
-    gains = np.full((3, size), -np.inf)
-    times = np.ones((3, size))
-    for state, n in number.items():
-        i, j = state
-        ready = count - i - j
-        if ready:
-            targets = [number[i + k, j] for k in range(ready + 1)]
-            moves[0, n, targets] = first[ready]
-            gains[0, n], times[0, n] = exit_rates[0] * ready, shallow[ready]
-        if i:
-            targets = [number[0, j + k] for k in range(i + 1)]
-            moves[1, n, targets] = second[i]
-            gains[1, n], times[1, n] = exit_rates[1] * i, middle[i]
-        if j:
-            moves[2, n, number[i, 0]] = 1.0
-            gains[2, n], times[2, n] = j, deep[j]
-    rate, choice, worth = _policy_iteration(moves, gains, times)
-    return TwoExits(
-        rate,
-        {state: int(choice[n]) for state, n in number.items()},
-        {state: tuple(worth[:, n].tolist()) for state, n in number.items()},
-        count,
-    )
+    one, two = (min(max(rate, FEWEST), NEARLY_ALL) for rate in exit_rates)
+    states = _States.of(count)
+    rows = np.stack((states.ready, states.first, states.second))
+    times = np.stack([seconds[waiting] for seconds, waiting in zip((shallow, middle, deep), rows, strict=True)])
+    gains = np.where(rows > 0, rows * np.array([[one], [two], [1.0]]), -np.inf)
+    moves = np.zeros((3, len(states.ready), len(states.ready)))
+    for action, chance in enumerate((1.0 - one, 1.0 - two)):
+        state, going, target = states.moves[action]
+        moves[action, state, target] = _binomials(count, chance)[rows[action, state], going]
+    moves[2, np.arange(len(states.ready)), states.number[states.first, 0]] = 1.0
+    named = list(zip(states.first.tolist(), states.second.tolist(), strict=True))
+    # Deepest possible first: flush at once. From there on every policy met is unichain.
+    first = np.where(states.second > 0, 2, np.where(states.first > 0, 1, 0))
+    if start is not None:
+        first = np.array([start.choice[state] for state in named])
+    rate, choice, worth = _policy_iteration(moves, gains, np.where(rows > 0, times, 1.0), first)
+    worths = map(tuple, worth.T.tolist())
+    return TwoExits(rate, dict(zip(named, choice.tolist(), strict=True)), dict(zip(named, worths, strict=True)), count)
+
+
+class _States(NamedTuple):
+    """With two exit points: how N requests can stand, and what can become of them.
+
+    Attributes:
+        ready, first, second: how many are ready, and wait at each exit point, by state.
+        number: of the state, by (waiting at 1, waiting at 2); (N + 1, N + 1).
+        moves: of a pass over segment 0, and of one over segment 1: (state, how many of its rows go on, next state).
+    """
+
+    ready: IntArray
+    first: IntArray
+    second: IntArray
+    number: IntArray
+    moves: tuple[tuple[IntArray, IntArray, IntArray], ...]
+
+    @classmethod
+    @cache
+    def of(cls, count: int) -> _States:
+        """Those of so many requests."""
+        number = np.full((count + 1, count + 1), -1)
+        first, second = np.nonzero(np.add.outer(np.arange(count + 1), np.arange(count + 1)) <= count)
+        number[first, second] = np.arange(len(first))
+        ready = count - first - second
+        of_ready, of_first = (ragged(np.zeros_like(rows), np.where(rows > 0, rows + 1, 0)) for rows in (ready, first))
+        shallow = *of_ready, number[first[of_ready[0]] + of_ready[1], second[of_ready[0]]]
+        middle = *of_first, number[0, second[of_first[0]] + of_first[1]]
+        return cls(ready, first, second, number, (shallow, middle))
 
 
 def _solve(system: FloatArray, right: FloatArray) -> FloatArray:
@@ -166,17 +192,18 @@ def _openblas() -> ThreadpoolController:
     return ThreadpoolController().select(internal_api="openblas")
 
 
-def _policy_iteration(moves: FloatArray, gains: FloatArray, times: FloatArray) -> tuple[float, IntArray, FloatArray]:
+def _policy_iteration(
+    moves: FloatArray, gains: FloatArray, times: FloatArray, choice: IntArray
+) -> tuple[float, IntArray, FloatArray]:
     """Howard's policy iteration for an average-reward semi-Markov process.
 
-    Shapes: moves (actions, states, states); gains, times (actions, states), gains -inf where not possible.
+    Shapes: moves (actions, states, states); gains, times (actions, states), gains -inf where not possible; choice
+    (states,), to start from.
 
     Returns:
         The rate, the action by state, and the worth of each action (actions, states).
     """
     size = gains.shape[1]
-    # Deepest possible first: flush at once. From there on every policy met is unichain.
-    choice: IntArray = np.array([max(a for a in range(len(gains)) if gains[a, n] > -np.inf) for n in range(size)])
     each = np.arange(size)
     rate, worth = 0.0, gains
     for _ in range(ROUNDS):
@@ -197,10 +224,11 @@ def _policy_iteration(moves: FloatArray, gains: FloatArray, times: FloatArray) -
     return rate, choice, worth
 
 
-def _binomials(count: int, chance: float) -> list[FloatArray]:
-    """Distributions of how many of n happen, for n = 0 … count."""
-    rows = [np.ones(1)]
-    for _ in range(count):
-        last = rows[-1]
-        rows.append(np.append(last, 0.0) * (1 - chance) + np.insert(last, 0, 0.0) * chance)
+def _binomials(count: int, chance: float) -> FloatArray:
+    """How likely it is that k of n happen, by n and k = 0 … count."""
+    rows = np.zeros((count + 1, count + 1))
+    rows[0, 0] = 1.0
+    for n in range(count):
+        rows[n + 1] = rows[n] * (1 - chance)
+        rows[n + 1, 1:] += rows[n, :-1] * chance
     return rows

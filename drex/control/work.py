@@ -23,6 +23,7 @@ class Work:
         placed: its rows there.
         asked: its evaluations.
         decoding: whether a request decodes, by seat.
+        checking: whether what it earns tells what checking exits earns.
         decided: tokens of decoding requests.
         touched: requests that got a token or ended.
         unwritten: what is not in the requests' records yet.
@@ -34,6 +35,7 @@ class Work:
     placed: Placed
     asked: Asked
     decoding: BoolArray
+    checking: bool
     decided: int = 0
     touched: list[Request] = field(default_factory=list)
     unwritten: Decided | None = None

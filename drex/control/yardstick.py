@@ -72,6 +72,7 @@ def measure(
     *,
     grain: int = MOST_EXACT_TWO,
     most_owed: int = MOST_OWED,
+    last: Yardstick | None = None,
 ) -> Yardstick:
     """θ*, ideal and full depth.
 
@@ -83,6 +84,7 @@ def measure(
         kv_fill: what the layers that a token skipped cost later.
         grain: with two exit points, more requests than this are counted in units of several: θ* is then approximate.
         most_owed: fills that the engine lets be owed; what is more runs in passes of so many.
+        last: what was found before, to start from where that helps.
     """
     counts = np.arange(in_flight + 1, dtype=np.float64)
     full = in_flight / float(cost.full_depth(counts[-1:], context)[0])
@@ -99,7 +101,11 @@ def measure(
     elif len(times) == 3:
         units = min(in_flight, grain)
         at = np.arange(units + 1) * (in_flight / units)
-        two = solve_two_exits(exit_rates, *(np.interp(at, counts, seconds) for seconds in times))
+        shallow, middle, deep = (np.interp(at, counts, seconds) for seconds in times)
+        start = last.two_exits if last is not None else None
+        if start is not None and start.units != units:
+            start = None
+        two = solve_two_exits(exit_rates, shallow, middle, deep, start)
         optimal = two.rate * in_flight / units
     return Yardstick(in_flight, optimal, 1.0 / each, full, one, two)
 

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from drex.compute.device import device_name
 from drex.compute.segments import SegmentRunner
 from drex.config import EngineConfig, ExitPlan
 from drex.control.profile import Profile, load_profile, nominal
+from drex.tuning.own_cost import measure_own_cost
 from drex.tuning.profile import Profiler, choose_threads
 
 log = logging.getLogger(__name__)
 MEASURE = "measure"
 FRESH_SECONDS = 30 * 86_400.0
-REVISION = 2
+REVISION = 3
 """Raised whenever a change of drex makes passes cost something else."""
 
 
@@ -76,6 +78,7 @@ def obtain(
         if free:
             choose_threads(profiler, len(os.sched_getaffinity(0)))
         profile = profiler.measure(progress=sys.stderr.isatty())
+        profile = replace(profile, own=measure_own_cost(runner, config, exits, profile))
         store(key, profile)
     elif free and profile.threads is not None:
         torch.set_num_threads(profile.threads)

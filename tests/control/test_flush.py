@@ -359,28 +359,52 @@ def test_nothing_is_solved_from_a_prior_alone(exits: int) -> None:
     assert rule.outlook.yardstick is not None
 
 
-@pytest.mark.parametrize(("share", "expected"), [(1.2, True), (0.8, False)])
-@pytest.mark.parametrize(("earlier", "now"), [(1, 16), (16, 1)])
-def test_whether_lossless_drafts_pay_is_judged_by_full_depth_at_the_load_they_ran_at(
-    share: float, expected: bool, earlier: int, now: int
-) -> None:
+@pytest.mark.parametrize("shares", [{1: 1.2, 16: 0.8}, {1: 0.8, 16: 1.2}])
+def test_whether_lossless_drafts_pay_is_judged_by_what_they_earned_at_about_this_load(shares: dict[int, float]) -> None:
     rule = rule_for(profile("weight_bound", 1.0, 1.0), (0.6,), "recompute")
-    full = {count: count / rule.full_step(count) for count in (earlier, now)}
+    full = {count: count / rule.full_step(count) for count in shares}
     assert full[16] > 4 * full[1]
     number = 0
-    for passes, count, gain in ((ENOUGH, earlier, 0.1), (ENOUGH, earlier, share), (2 * DELAY + REFRESH, now, share)):
-        for _ in range(passes):
+    for count, share in shares.items():
+        # What the first passes earn says nothing.
+        for gain in [0.1] * ENOUGH + [share] * ENOUGH:
+            assert rule.pays is None
             rule.tick(number, count, CONTEXT, ahead=True, lossless=True)
-            # What the first passes earn says nothing.
             rule.observe(1, 1 / (gain * full[count]))
             number += 1
-    assert rule.outlook.yardstick is not None
-    assert rule.outlook.yardstick.in_flight == now
-    assert rule.promises == pytest.approx(share * full[now], rel=0.02)
-    assert rule.pays is expected
+        rule.tick(number, count + count // 4, CONTEXT, ahead=True, lossless=True)
+        assert rule.promises == pytest.approx(share * rule.full, rel=0.02)
+        assert rule.pays is (share > 1)
+        rule.tick(number, 4, CONTEXT, ahead=True, lossless=True)
     # Other requests earn something else.
-    rule.tick(number, now, CONTEXT, ahead=True, lossless=False)
-    assert rule.promises == rule.outlook.yardstick.optimal
+    for count, share in shares.items():
+        rule.tick(number, count, CONTEXT, ahead=True, lossless=True)
+        assert rule.pays is (share > 1)
+        rule.tick(number, count, CONTEXT, ahead=True, lossless=False)
+        assert rule.outlook.yardstick is not None
+        assert rule.promises == pytest.approx(rule.outlook.yardstick.optimal)
+
+
+def test_what_nothing_is_decided_by_is_not_solved_again() -> None:
+    ahead, found = outlook(2), []
+    for number in range(3 * LIFETIME):
+        ahead.tick(number, 8 if number < 2 * LIFETIME else 16, (0.5,), CONTEXT, used=False)
+        found.append(ahead.yardstick)
+    assert found[DELAY] is not None
+    assert found[DELAY] is found[2 * LIFETIME - 1]
+    assert found[-1].in_flight == 16
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_exits_solved_from_what_was_solved_before_come_out_the_same(seed: int) -> None:
+    draw = random.Random(seed)
+    last = None
+    for _ in range(5):
+        made = CostModel(profile("weight_bound", *(draw.uniform(0.5, 2.0) for _ in range(3))))
+        rates, count = (draw.random(), draw.random()), draw.choice((5, 9))
+        plain, again = (measure(made, rates, count, CONTEXT, "recompute", last=each) for each in (None, last))
+        assert again.optimal == pytest.approx(plain.optimal, rel=1e-9)
+        last = again
 
 
 def test_while_two_are_solved_linear_algebra_has_one_core_and_afterwards_what_it_had(

@@ -422,7 +422,7 @@ def test_where_exits_hardly_pay_adaptive_tries_what_full_depth_takes(fill: str) 
 
 
 def test_adaptive_checks_everything_where_exits_pay_clearly() -> None:
-    unchecked, checked, shallow = adaptive_run(True, 0.95, profile("weight_bound", 1.0, 1.0))
+    unchecked, checked, shallow = adaptive_run(True, 0.95, profile("weight_bound", 1.0, 3.0))
     assert unchecked == 0
     assert len(checked) == shallow
 
