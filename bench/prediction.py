@@ -1,6 +1,8 @@
 """How well the simulator predicts a real run: the same requests and exits, costs from the profile alone.
 
-OMP_WAIT_POLICY=passive python bench/prediction.py --json prediction.json
+    OMP_WAIT_POLICY=passive python bench/prediction.py --json prediction.json
+
+The profile is measured right before each run: a machine whose speed drifts is another one some minutes later.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -20,11 +23,14 @@ from drex.bench.runner import Cell
 from drex.bench.subject import Subject, synthetic
 from drex.config import EngineConfig
 from drex.control.cost import CostModel
+from drex.control.profile import Profile
 from drex.control.scheduler import Scheduler
 from drex.engine.engine import Engine
+from drex.engine.torch_executor import TorchExecutor
 from drex.request import SamplingParams
 from drex.sim.executor import VirtualExecutor
 from drex.sim.workload import draw_jobs
+from drex.tuning.profile_cache import MEASURE, obtain
 
 PROMPTS, OUTPUTS = (8, 32), (16, 48)
 console = Console(width=160)
@@ -43,11 +49,18 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def predicted(subject: Subject, policy: str, count: int, work: Workload, turns: int) -> float:
-    """Tokens a second of the same turns in virtual time."""
-    real = subject.engine(policy, count).scheduler
-    profile = subject.profiles[real.segments]
+def profiled(subject: Subject, engine: Engine) -> Profile:
+    """What passes take now."""
+    exits = subject.model.exits if engine.scheduler.segments > 1 else subject.without_exits().exits
+    assert isinstance(engine.executor, TorchExecutor)
+    return obtain(MEASURE, engine.executor.runner, subject.config, exits, torch.get_num_threads())
+
+
+def predicted(engine: Engine, profile: Profile, subject: Subject, work: Workload, turns: int) -> float:
+    """Tokens a second of the same turns in virtual time, by the settings of an engine that ran."""
+    real = engine.scheduler
     scheduler = Scheduler(real.config, real.layout, real.placement.kv_fill, CostModel(profile))
+    policy, count = real.config.policy, real.config.max_num_seqs
     cell = Cell(policy, count, Engine(scheduler, VirtualExecutor(CostModel(profile))))
     for turn in range(turns):
         cell.run(work.requests(subject, cell.engine, turn))
@@ -69,11 +82,12 @@ def main() -> None:
         work = Workload(prompts, jobs, SamplingParams(temperature=0.0, ignore_eos=True), "closed")
         for policy in options.policies.split(","):
             cell = Cell(policy, count, subject.engine(policy, count))
+            profile = profiled(subject, cell.engine)
             # The first turn warms up.
             for turn in range(options.repeats + 1):
                 cell.run(work.requests(subject, cell.engine, turn))
             measured = statistics.median(cell.speeds[1:])
-            said = predicted(subject, policy, count, work, options.repeats + 1)
+            said = predicted(cell.engine, profile, subject, work, options.repeats + 1)
             found.append({"in_flight": count, "policy": policy, "measured": measured, "predicted": said})
             console.print(f"{policy}, {count} in flight: measured {measured:.1f}, predicted {said:.1f}", style="dim")
             table.add_row(str(count), policy, f"{measured:.1f}", f"{said:.1f}", f"{said / measured - 1:+.1%}")

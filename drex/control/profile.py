@@ -180,6 +180,17 @@ def _joined(segments: Sequence[SegmentCost]) -> SegmentCost:
     )
 
 
+def mean_cost(costs: Sequence[SegmentCost]) -> SegmentCost:
+    """The mean of what was measured several times, at the same counts."""
+
+    def curve(parts: Sequence[Curve]) -> Curve:
+        assert len({part.counts for part in parts}) == 1
+        return Curve(parts[0].counts, tuple(map(float, np.mean([part.seconds for part in parts], axis=0))))
+
+    span, entry, kv_row = np.mean([(cost.span, cost.entry, cost.kv_row) for cost in costs], axis=0).tolist()
+    return SegmentCost(curve([cost.rows for cost in costs]), curve([cost.head for cost in costs]), span, entry, kv_row)
+
+
 def load_profile(path: str | Path) -> Profile:
     """Read a profile's file. Raises ValueError if it is none."""
     try:

@@ -20,13 +20,17 @@ from drex.compute.device import device_name
 from drex.compute.segments import SegmentRunner
 from drex.config import EngineConfig, ExitRule
 from drex.control.plan import NO_ENTRIES, Contexts, Draws, Evaluations, IntArray, Pass, Rows, ragged
-from drex.control.profile import Curve, Profile, SegmentCost
+from drex.control.profile import Curve, Profile, SegmentCost, mean_cost
 from drex.request import SamplingParams
 
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-REPEATS = (3, 9)
-POINT_SECONDS = 0.06
+ROUNDS = 2
+"""All is measured so often, and averaged: a slow moment of the machine then meets no point twice."""
+REPEATS = (2, 5)
+POINT_SECONDS = 0.03
 """Repetitions of one measurement stop at the larger number, or at the smaller one once they took this long."""
+LONG_SECONDS = 0.3
+"""What takes so long needs no run that warms up."""
 CONTEXT = 48
 LONG_CONTEXT = 8
 """How many times as long the contexts are that tell what an entry costs."""
@@ -57,12 +61,12 @@ class Profiler:
         buckets = self.runner.buckets
         counts = [*buckets, *(count for count in GRID if not buckets or count > buckets[-1])]
         grid = [count for count in counts if count < largest] + [largest]
-        segments = []
-        with _bar("measuring this machine", len(self.layout.lengths) * len(grid), progress) as advance:
-            for segment in range(len(self.layout.lengths)):
-                segments.append(self._segment(segment, grid, advance))
+        segments = range(len(self.layout.lengths))
+        with _bar("measuring this machine", ROUNDS * len(segments) * len(grid), progress) as advance:
+            rounds = [[self._segment(segment, grid, advance) for segment in segments] for _ in range(ROUNDS)]
+        threads = torch.get_num_threads() if self._on_cpu else None
         return Profile(
-            tuple(segments), torch.get_num_threads() if self._on_cpu else None, device_name(self.runner.decoder.device)
+            tuple(map(mean_cost, zip(*rounds, strict=True))), threads, device_name(self.runner.decoder.device)
         )
 
     @property
@@ -188,16 +192,19 @@ class Profiler:
         return self._time(lambda: self.runner.run(batch))
 
     def _time(self, action: Callable[[], object]) -> float:
-        action()
-        times: list[float] = []
+        first = self._once(action)
+        times = [first] if first > LONG_SECONDS else []
         least, most = REPEATS
         while len(times) < most and (len(times) < least or sum(times) < POINT_SECONDS):
-            self.runner.synchronize()
-            started = time.perf_counter()
-            action()
-            self.runner.synchronize()
-            times.append(time.perf_counter() - started)
+            times.append(self._once(action))
         return statistics.median(times)
+
+    def _once(self, action: Callable[[], object]) -> float:
+        self.runner.synchronize()
+        started = time.perf_counter()
+        action()
+        self.runner.synchronize()
+        return time.perf_counter() - started
 
 
 def choose_threads(profiler: Profiler, limit: int) -> int:
