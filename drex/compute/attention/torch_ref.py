@@ -65,7 +65,7 @@ class TorchAttention:
         ):
             if size:
                 start = stop - size
-                mask = None if single else _mask(batch.visible[start:stop], length, self.pool.keys.device)
+                mask = None if single else _mask(batch.visible[start:stop], length, self.pool.keys)
                 parts = (
                     [self.pool.views(first, length) for first in starts]
                     if run
@@ -120,12 +120,14 @@ def _read_alike(segments: Sequence[Pass]) -> bool:
     return not others or all(each.in_run.all() and (each.lengths == first.lengths).all() for each in (first, *others))
 
 
-def _mask(visible: IntArray, entries: int, device: torch.device) -> Tensor | None:
-    """Which entries each row sees, (1, 1, rows, entries).
+def _mask(visible: IntArray, entries: int, like: Tensor) -> Tensor | None:
+    """What is added to the scores: 0 where a row sees an entry, else -inf. (1, 1, rows, entries).
 
-    None where the rows are all the entries, so that plain causal attention serves.
+    None where the rows are all the entries, so that plain causal attention serves. A mask of truth values would be
+    made into this one in every layer.
     """
     if len(visible) == entries and visible[0] == 1:
         return None
-    limits = torch.from_numpy(visible).to(device)
-    return (torch.arange(entries, device=device)[None] < limits[:, None])[None, None]
+    limits = torch.from_numpy(visible).to(like.device)
+    hidden = torch.arange(entries, device=like.device)[None] >= limits[:, None]
+    return like.new_zeros(1, 1, *hidden.shape).masked_fill_(hidden, -torch.inf)
