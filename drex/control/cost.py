@@ -6,8 +6,9 @@ Seconds are whole steps of the engine, scheduling included. The model is
           + engine + request · spans
 
 with piecewise-linear curves for rows and head: a machine's steps (tiles, narrow products, graph buckets) don't follow
-one line. The last two are the engine's own time. Online, each segment keeps a correction by size of the pass, a moving
-geometric mean of measured / predicted, and so do passes over all segments at once.
+one line. The last two are the engine's own time. Online, there is a correction for the whole machine, and each segment
+keeps one by size of the pass: moving geometric means of measured / predicted. A machine that slows down does so for all
+passes, also for those that are rare. Passes over all segments at once have one of their own.
 
 Invariants: predictions are positive; a correction only moves by what was observed.
 """
@@ -24,8 +25,10 @@ import numpy as np
 from drex.control.plan import FloatArray, Pass
 from drex.control.profile import Profile
 
-ADAPTATION = 0.05
-"""Weight of a new observation in a correction's moving mean."""
+MACHINE, ADAPTATION = 0.05, 0.015
+"""Weights of a new observation in the moving means: of the machine's correction, and of a segment's for a size."""
+THROUGH = 0.05
+"""Of what a pass over all segments takes, beside these one by one."""
 CLIP = math.log(4.0)
 """One observation counts as at most this far off (in logarithms): a pause of the machine is no new machine."""
 WINDOW = 4096
@@ -62,6 +65,8 @@ class CostModel:
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
+        # Logarithms: of all passes, and beside that by segment and size.
+        self._machine = 0.0
         self._corrections: list[dict[int, float]] = [{} for _ in profile.segments]
         # Of all segments at once beside one by one: by size, logarithm and number of observations.
         self._through: dict[int, tuple[float, int]] = {}
@@ -74,7 +79,7 @@ class CostModel:
     def copy(self) -> CostModel:
         """One that predicts the same and learns for itself."""
         other = CostModel(self.profile)
-        other._corrections = [dict(known) for known in self._corrections]
+        other._machine, other._corrections = self._machine, [dict(known) for known in self._corrections]
         other._through = dict(self._through)
         return other
 
@@ -110,7 +115,7 @@ class CostModel:
 
     def factors(self, segment: int, rows: FloatArray) -> FloatArray:
         """Corrections of passes by all their rows, those that only write K/V included."""
-        return _by_size(self._corrections[segment], rows)
+        return math.exp(self._machine) * _by_size(self._corrections[segment], rows)
 
     def head_seconds(self, segment: int, rows: float) -> float:
         """Evaluations of the head at a segment's end."""
@@ -147,8 +152,9 @@ class CostModel:
         predicted = self.predict(segment, load)
         self._errors.append(abs(predicted - seconds) / seconds if seconds > 0 else 0.0)
         off = min(CLIP, max(-CLIP, math.log(max(seconds, 1e-9) / predicted)))
-        size, known = _size(load.rows + load.kv_rows), self._corrections[segment]
-        known[size] = self._correction(segment, load.rows + load.kv_rows) + ADAPTATION * off
+        rows, known = load.rows + load.kv_rows, self._corrections[segment]
+        known[_size(rows)] = self._correction(segment, rows) - self._machine + ADAPTATION * off
+        self._machine += MACHINE * off
 
     def observe_through(self, load: Load, seconds: float) -> None:
         """Learn from a pass over all segments."""
@@ -156,7 +162,7 @@ class CostModel:
         size = _size(load.rows)
         known, count = self._through.get(size, (0.0, 0))
         # The first few count alike: nothing is known of it before.
-        weight = max(ADAPTATION, 1.0 / (count + 1))
+        weight = max(THROUGH, 1.0 / (count + 1))
         self._through[size] = known + weight * (off - known), count + 1
 
     def fit(self, passes: Iterable[tuple[int, Load, float]]) -> None:
@@ -166,6 +172,7 @@ class CostModel:
         for segment, load, seconds in passes:
             size = _size(load.rows + load.kv_rows)
             logs[segment].setdefault(size, []).append(math.log(max(seconds, 1e-9) / bare.predict(segment, load)))
+        self._machine = 0.0
         self._corrections = [{size: float(np.median(values)) for size, values in each.items()} for each in logs]
 
     def error_quantiles(self) -> dict[str, float]:
@@ -177,7 +184,7 @@ class CostModel:
 
     def _correction(self, segment: int, rows: int) -> float:
         """Logarithm of the factor on a prediction: of this size of pass, or of the nearest one known."""
-        return _nearest(self._corrections[segment], _size(rows))
+        return self._machine + _nearest(self._corrections[segment], _size(rows))
 
 
 def _by_size(known: Mapping[int, float], rows: FloatArray) -> FloatArray:

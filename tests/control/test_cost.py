@@ -21,8 +21,8 @@ from drex.control.slots import SlotLayout
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
-BOUND = 80
-"""Observations of one size of pass after which a threefold error is under 5 %: log(3) · 0.95^n < log(1.05) from 61."""
+BOUND = 60
+"""Observations of one size of pass after which a threefold error is under 5 %: log(3) · 0.935^n < log(1.05) from 47."""
 
 
 def decode_load(rows: int, context: int = 64) -> Load:
@@ -170,8 +170,6 @@ def test_decode_follows_the_corrections() -> None:
             cost.observe(1, decode_load(rows), 2.0 * float(before[live == rows][0]))
     np.testing.assert_allclose(cost.decode(1, live, none, 64.0, runs=True), 2 * before, rtol=0.05)
     np.testing.assert_allclose(cost.decode(1, live, none, 64.0, runs=False), 2 * before, rtol=0.05)
-    untouched = CostModel(profile("weight_bound", 1.0, 1.0)).decode(0, live, none, 64.0, runs=True)
-    np.testing.assert_allclose(cost.decode(0, live, none, 64.0, runs=True), untouched)
 
 
 def test_full_depth_is_all_layers_and_the_final_head_without_exit_heads() -> None:
@@ -221,10 +219,28 @@ def test_a_threefold_error_is_under_5_percent_after_a_bounded_number_of_passes(r
     for _ in range(BOUND):
         cost.observe(1, load, truth.predict(1, load))
     assert cost.predict(1, load) == pytest.approx(truth.predict(1, load), rel=0.05)
-    # Other sizes go along with the nearest one known, and other segments are learnt for themselves.
+    # Other sizes go along with the nearest one known, and other segments most of the way, until they are seen.
     for other in (1, 1000):
         assert cost.predict(1, decode_load(other)) == pytest.approx(truth.predict(1, decode_load(other)), rel=0.05)
-    assert cost.predict(0, load) == CostModel(made).predict(0, load)
+    assert cost.predict(0, load) == pytest.approx(truth.predict(0, load), rel=0.35)
+    for _ in range(10 * BOUND):
+        for segment, right in enumerate((CostModel(made), truth)):
+            cost.observe(segment, load, right.predict(segment, load))
+    assert cost.predict(0, load) == pytest.approx(CostModel(made).predict(0, load), rel=0.05)
+    assert cost.predict(1, load) == pytest.approx(truth.predict(1, load), rel=0.05)
+
+
+@pytest.mark.parametrize("factor", [1.4, 1 / 1.4])
+def test_when_the_machine_changes_passes_that_are_rare_follow_those_that_are_frequent(factor: float) -> None:
+    made, cost = profile("weight_bound", 1.0, 1.0), CostModel(profile("weight_bound", 1.0, 1.0))
+    before, after = CostModel(made.scaled(1.2)), CostModel(made.scaled(1.2 * factor))
+    for truth, rows in [(before, rows) for rows in (4, 64) * BOUND] + [(after, 64)] * BOUND:
+        for segment in range(2):
+            cost.observe(segment, decode_load(rows), truth.predict(segment, decode_load(rows)))
+    for segment in range(2):
+        for rows in (4, 64):
+            load = decode_load(rows)
+            assert cost.predict(segment, load) == pytest.approx(after.predict(segment, load), rel=0.05)
 
 
 @pytest.mark.parametrize("seed", range(4))
