@@ -173,18 +173,36 @@ def test_lossless_run_ahead_needs_exact_keys_and_values(text_model: Path) -> Non
         SamplingParams(run_ahead="always")
 
 
-@pytest.mark.parametrize("accepted", [0.1, 1.0])
-def test_adaptive_lossless_run_ahead_rests_where_it_earns_less_than_full_depth(accepted: float) -> None:
+def costs_by_the_row(accepted: float, threshold: float = 0.5) -> Scenario:
     """Costs grow with every row: a draft that is taken back is work for nothing, and each check a layer of four."""
     each = Curve((1.0, 64.0), (1e-3, 64e-3))
     layers = SegmentCost(Curve((1.0, 64.0), (2e-3, 128e-3)), each, 0.0, 0.0, 0.0)
     draw = np.random.default_rng(0)
     recorded = RecordedConfidences(draw.random((1, 4000)), draw.random((1, 4000)) < accepted)
     params = SamplingParams(temperature=0.0, ignore_eos=True)
-    scenario = Scenario(
-        (2, 2), Profile((layers, layers)), (0.5,), "recompute", params, confidences=recorded, thresholds=(0.5,)
+    return Scenario(
+        (2, 2), Profile((layers, layers)), (0.5,), "recompute", params, confidences=recorded, thresholds=(threshold,)
     )
-    rates = {}
+
+
+@pytest.mark.parametrize(("count", "threshold"), [(1, 0.5), (2, 0.5), (4, 1.5)])
+def test_where_lossless_drafts_do_not_pay_that_is_said_once(
+    caplog: pytest.LogCaptureFixture, count: int, threshold: float
+) -> None:
+    """Also where so few rows are checked, or exit, that nothing was solved yet."""
+    config = replace(EngineConfig(420, count, 512, count * 420), **policy_settings("drex+lossless"))
+    scenario = costs_by_the_row(0.1, threshold)
+    engine = scenario.engine(config.policy, config, count)
+    for arrival, request in scenario.requests([Job(8, 400)] * count, engine.scheduler.segments, config.run_ahead):
+        engine.add(request, arrival)
+    while engine.scheduler.passes < 300:
+        engine.step()
+    assert [record.args[-1] for record in caplog.records if "does not pay" in record.message] == [count]
+
+
+@pytest.mark.parametrize("accepted", [0.1, 1.0])
+def test_adaptive_lossless_run_ahead_rests_where_it_earns_less_than_full_depth(accepted: float) -> None:
+    scenario, rates = costs_by_the_row(accepted), {}
     for name in ("full", "drex+lossless", "drex+lossless+adaptive"):
         settings = policy_settings(name)
         config = replace(EngineConfig(420, 8, 512, 8 * 420), **settings)

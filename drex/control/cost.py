@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +27,8 @@ from drex.control.profile import Profile
 
 MACHINE, ADAPTATION = 0.05, 0.015
 """Weights of a new observation in the moving means: of the machine's correction, and of a segment's for a size."""
-THROUGH = 0.05
-"""Of what a pass over all segments takes, beside these one by one."""
+FEW = 20
+"""Passes over all segments that tell what these take beside segments one by one."""
 CLIP = math.log(4.0)
 """One observation counts as at most this far off (in logarithms): a pause of the machine is no new machine."""
 WINDOW = 4096
@@ -142,6 +142,16 @@ class CostModel:
         """Seconds that a pass over all segments will take; the head at its end is evaluated."""
         return self._one_by_one(load) * float(self.at_once(np.array([float(load.rows)]))[0])
 
+    def predict_parts(self, parts: Sequence[tuple[int, Load]]) -> float:
+        """Seconds of a pass over these segments, with their loads: the engine's own time comes once."""
+        own, seconds = self.profile.own, 0.0
+        for number, (segment, load) in enumerate(parts):
+            seconds += self.predict(segment, load)
+            if number:
+                factor = math.exp(self._correction(segment, load.rows + load.kv_rows))
+                seconds -= factor * (own.per_pass + own.per_request * load.spans)
+        return seconds
+
     def _one_by_one(self, load: Load) -> float:
         last = self.segments - 1
         before = sum(self.predict(segment, load._replace(evaluations=0)) for segment in range(last))
@@ -161,9 +171,11 @@ class CostModel:
         off = min(CLIP, max(-CLIP, math.log(max(seconds, 1e-9) / self._one_by_one(load))))
         size = _size(load.rows)
         known, count = self._through.get(size, (0.0, 0))
-        # The first few count alike: nothing is known of it before.
-        weight = max(THROUGH, 1.0 / (count + 1))
+        # The first few count alike: nothing is known of it before. Once it is, it's the machine that changes.
+        weight = 1.0 / (count + 1) if count < FEW else ADAPTATION
         self._through[size] = known + weight * (off - known), count + 1
+        if count >= FEW:
+            self._machine += MACHINE * (off - known)
 
     def fit(self, passes: Iterable[tuple[int, Load, float]]) -> None:
         """Correct to the medians of passes that were run: (segment, load, seconds)."""

@@ -113,13 +113,15 @@ class FlushRule:
         The solved optimum; under run-ahead more, if more was earned; where requests are lossless, which nothing solves
         for, what was earned.
         """
-        solved, load = self.outlook.yardstick, self._load
+        solved, load = self.outlook.yardstick, self.load
         if not load:
             return None
         # Gains on full depth, not rates: the machine may have been faster.
         tokens, at_full_depth, passes = self._checked.get(self._kind, NOTHING)
         gains = [tokens / at_full_depth] if passes >= 2 * ENOUGH and self._ahead else []
-        if not self._lossless and solved is not None and solved.optimal is not None:
+        if not self._lossless:
+            if solved is None or solved.optimal is None:
+                return None
             gains.append(solved.optimal / solved.full)
         return max(gains) * load / self._one_by_one(load) if gains else None
 
@@ -137,11 +139,11 @@ class FlushRule:
     @property
     def full(self) -> float | None:
         """Full depth's tokens a second, all segments at once, at the load that promises are made for."""
-        load = self._load
+        load = self.load
         return load / self.full_step(load) if load else None
 
     @property
-    def _load(self) -> int | None:
+    def load(self) -> int | None:
         """Requests that what is promised goes for: as was solved, or the present ones where nothing has to be."""
         if self._lossless:
             return self._decoding
@@ -242,9 +244,9 @@ class FlushRule:
     def choose(self, waiting: Waiting) -> tuple[int, int] | None:
         """The segment to run, and how many of the ready rows where that is 0; None if nothing waits anywhere.
 
-        As solved, where that is at hand and all ready rows are sure to be of use; else by the rule.
+        As solved, where that is at hand, all ready rows are sure to be of use, and none is lossless; else by the rule.
         """
-        if waiting.chances is None:
+        if waiting.chances is None and not self._lossless:
             chosen = self.outlook.choose(waiting.ready, waiting.live[1:])
             if chosen is not None:
                 return chosen, waiting.ready
@@ -294,5 +296,6 @@ class FlushRule:
             whole = not held and any(waiting.live[deeper + 1 :])
             flush = self.seconds(deeper, live if whole else max(1.0, held) + live, owed + fills + rows - live)
             seconds = seconds + (flush if whole else flush - flush[0])
-        worth: FloatArray = rows - (self.earning if waiting.chances is None else self.earning_ahead) * seconds
+        rebatching = waiting.chances is None and not self._lossless
+        worth: FloatArray = rows - (self.earning if rebatching else self.earning_ahead) * seconds
         return worth[1:]

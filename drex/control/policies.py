@@ -143,9 +143,10 @@ class Drex(Split):
 
     def checks_exits(self, segment: int) -> bool:
         if segment == 0:
-            # One probe alone earns less than always checking would: under run-ahead buffers fill first.
-            self._probes, self.checking = self._probes_next, not self.resting
+            self._probes = self._probes_next
             self._asked += 1
+            # One probe alone earns less than always checking would: under run-ahead buffers fill first.
+            self.checking = not self.resting
         # What is checked before the first exit point is checked at the others too.
         return self._probes or not self.resting
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -72,6 +73,11 @@ class OwnCost:
     per_pass: float = 0.0
     per_request: float = 0.0
 
+    def __post_init__(self) -> None:
+        for seconds in (self.per_pass, self.per_request):
+            if not 0 <= seconds < math.inf:
+                raise ValueError(f"{seconds} seconds of the engine's own: give a number from 0 on")
+
 
 @dataclass(frozen=True)
 class SegmentCost:
@@ -110,7 +116,7 @@ class Profile:
         segments: in order; the last one's head is the final head.
         threads: of the CPU that it was measured with; None on a device of its own.
         source: where it comes from, for people: machine and date, or the preset's name.
-        own: of the engine, once a pass.
+        own: of the engine, once a pass whatever its segments, and once a request in it.
     """
 
     segments: tuple[SegmentCost, ...]
@@ -143,7 +149,7 @@ class Profile:
             own = data.get("own", {})
             own_cost = OwnCost(float(own.get("per_pass", 0.0)), float(own.get("per_request", 0.0)))
             return cls(segments, data.get("threads"), str(data.get("source", "")), own_cost)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"not a cost profile ({error!r}): make one with `drex profile`") from error
 
     def with_exits(self, kept: Sequence[int]) -> Profile:

@@ -281,7 +281,7 @@ class Scheduler:
         if not work.prompts:
             rule.observe(work.decided, seconds, checked=work.checking)
             if done.segment == 0:
-                self._context = load.entries / load.spans
+                self._context = float(done.context.lengths.mean())
         elif work.live:
             # Prompts came along: the decode rows' share is what they would have taken alone.
             fills = int(work.counts[work.decoding[work.spans]].sum()) - work.live

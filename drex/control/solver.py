@@ -139,11 +139,12 @@ def solve_two_exits(
         moves[action, state, target] = _binomials(count, chance)[rows[action, state], going]
     moves[2, np.arange(len(states.ready)), states.number[states.first, 0]] = 1.0
     named = list(zip(states.first.tolist(), states.second.tolist(), strict=True))
-    # Deepest possible first: flush at once. From there on every policy met is unichain.
-    first = np.where(states.second > 0, 2, np.where(states.first > 0, 1, 0))
+    # Deepest possible first: flush at once. From there on every policy met is unichain; so is what was solved before,
+    # since which moves are possible does not depend on the rates.
+    begin = np.where(states.second > 0, 2, np.where(states.first > 0, 1, 0))
     if start is not None:
-        first = np.array([start.choice[state] for state in named])
-    rate, choice, worth = _policy_iteration(moves, gains, np.where(rows > 0, times, 1.0), first)
+        begin = np.array([start.choice[state] for state in named])
+    rate, choice, worth = _policy_iteration(moves, gains, np.where(rows > 0, times, 1.0), begin)
     worths = map(tuple, worth.T.tolist())
     return TwoExits(rate, dict(zip(named, choice.tolist(), strict=True)), dict(zip(named, worths, strict=True)), count)
 

@@ -199,21 +199,20 @@ class Engine:
         rule = self.scheduler.policy.rule
         if rule.pays is False and not self._said:
             self._said = True
-            found = rule.outlook.yardstick
-            assert found is not None
             log.warning(
                 "early exit does not pay here: %.1f tokens/s at best against %.1f at full depth, with %d decoding; "
                 "`drex advise` says more, adaptive=True stops checking while this is so",
                 rule.promises,
                 rule.full,
-                found.in_flight,
+                rule.load,
             )
 
     def report(self) -> dict[str, Any]:
         """Everything that is measured, for people and for metrics: times, exits, rates, costs, slots.
 
         Rates are tokens a second while decoding: `achieved` a moving average; `theta_star`, `ideal` and `full` solved
-        for the present load or the nearest one that was solved, None until then.
+        for the present load or the nearest one that was solved, None until then. With lossless requests `full` is that
+        of the present load, and the others are not kept up to date: nothing is decided by them.
         """
         scheduler, metrics = self.scheduler, self.metrics
         rule, found = scheduler.policy.rule, scheduler.policy.rule.outlook.yardstick

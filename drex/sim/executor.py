@@ -123,7 +123,7 @@ class VirtualExecutor:
 
     def collect(self) -> PassResult:
         *_, last = parts = self._submitted.popleft().parts
-        self._clock += sum(self._cost.predict(part.segment, Load.of(part)) for part in parts)
+        self._clock += self._cost.predict_parts([(part.segment, Load.of(part)) for part in parts])
         final = last.segment == self._cost.segments - 1
         said = None if final else self._exits(last.segment, last.evaluations)
         return PassResult(verdicts(said, last.evaluations))

@@ -25,7 +25,7 @@ class _Timed:
     """Passes everything on to an executor.
 
     Attributes:
-        batch: the last pass.
+        batch: the last pass; None if it failed.
         seconds: that the executor took for it.
     """
 
@@ -41,14 +41,16 @@ class _Timed:
         self.inner.wait_until(moment)
 
     def submit(self, batch: Pass) -> None:
-        started = self.now()
+        started = time.perf_counter()
         self.inner.submit(batch)
-        self.batch, self.seconds = batch, self.now() - started
+        self.batch, self.seconds = batch, time.perf_counter() - started
 
     def collect(self) -> PassResult:
-        started = self.now()
+        started = time.perf_counter()
         result = self.inner.collect()
-        self.seconds += self.now() - started
+        self.seconds += time.perf_counter() - started
+        if result.verdicts is None:
+            self.batch = None
         return result
 
 
@@ -61,19 +63,29 @@ def measure_own_cost(runner: SegmentRunner, config: EngineConfig, exits: ExitPla
         exits: of the model.
         profile: of the passes.
     """
-    executor = _Timed(TorchExecutor(runner))
-    assert config.kv_cache_tokens is not None
-    many = min(MANY, config.max_num_seqs, config.kv_cache_tokens // (PROMPT + TOKENS))
-    if executor.asynchronous or not many or config.max_model_len < PROMPT + TOKENS:
+    executor, many = _Timed(TorchExecutor(runner)), requests_at_once(config)
+    if executor.asynchronous or not many:
         return OwnCost()
     engine = Engine(Scheduler(config, runner.layout, exits.kv_fill, CostModel(profile)), executor)
-    alone = _seconds(engine, executor, exits, 1)
-    per_request = max(0.0, (_seconds(engine, executor, exits, many) - alone) / (many - 1)) if many > 1 else 0.0
+    # Many first, which warms up.
+    together, alone = (_seconds(engine, executor, exits, count) for count in (many, 1))
+    if together is None or alone is None:
+        return OwnCost()
+    per_request = max(0.0, (together - alone) / (many - 1)) if many > 1 else 0.0
     return OwnCost(max(0.0, alone - per_request), per_request)
 
 
-def _seconds(engine: Engine, executor: _Timed, exits: ExitPlan, count: int) -> float:
-    """Of the engine in a step over one row of each of so many requests: the median."""
+def requests_at_once(config: EngineConfig) -> int:
+    """How many requests are served for it: as many as fit, whose rows fit into one pass; 0 where not even one does."""
+    assert config.kv_cache_tokens is not None
+    if config.max_model_len < PROMPT + TOKENS:
+        return 0
+    fit = config.kv_cache_tokens // (PROMPT + TOKENS), config.max_num_batched_tokens // PROMPT
+    return min(MANY, config.max_num_seqs, *fit)
+
+
+def _seconds(engine: Engine, executor: _Timed, exits: ExitPlan, count: int) -> float | None:
+    """Of the engine in a step over one row of each of so many requests: the median. None if there was no such step."""
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
     for number in range(count):
         engine.add(
@@ -95,4 +107,4 @@ def _seconds(engine: Engine, executor: _Timed, exits: ExitPlan, count: int) -> f
         whole, batch = time.perf_counter() - started, executor.batch
         if batch is not None and batch.spans == batch.rows == count:
             seconds.append(whole - executor.seconds)
-    return statistics.median(seconds)
+    return statistics.median(seconds) if seconds else None

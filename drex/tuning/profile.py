@@ -1,7 +1,7 @@
 """Measures what passes take on the machine at hand, and fits the profile that decisions are read from.
 
-Made-up passes run through the real segment runner, over K/V slots that nobody uses yet. Times are medians of
-repetitions, in seconds.
+Made-up passes run through the real segment runner, over K/V slots that nobody uses yet. Times are means over rounds of
+medians of repetitions, in seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REPEATS = (2, 5)
 POINT_SECONDS = 0.03
 """Repetitions of one measurement stop at the larger number, or at the smaller one once they took this long."""
 LONG_SECONDS = 0.3
-"""What takes so long needs no run that warms up."""
+"""What takes so long on a CPU needs no run that warms up. (On a GPU it may have been compiled.)"""
 CONTEXT = 48
 LONG_CONTEXT = 8
 """How many times as long the contexts are that tell what an entry costs."""
@@ -193,7 +193,7 @@ class Profiler:
 
     def _time(self, action: Callable[[], object]) -> float:
         first = self._once(action)
-        times = [first] if first > LONG_SECONDS else []
+        times = [first] if first > LONG_SECONDS and self._on_cpu else []
         least, most = REPEATS
         while len(times) < most and (len(times) < least or sum(times) < POINT_SECONDS):
             times.append(self._once(action))

@@ -21,7 +21,7 @@ from drex.compute.device import device_name
 from drex.compute.segments import SegmentRunner
 from drex.config import EngineConfig, ExitPlan
 from drex.control.profile import Profile, load_profile, nominal
-from drex.tuning.own_cost import measure_own_cost
+from drex.tuning.own_cost import measure_own_cost, requests_at_once
 from drex.tuning.profile import Profiler, choose_threads
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def _key(runner: SegmentRunner, config: EngineConfig, exits: ExitPlan, threads: 
         "heads": [exit_spec.head for exit_spec in exits.exits],
         "criterion": exits.rule.criterion,
         "kv_fill": exits.kv_fill,
-        "rows": [config.max_num_seqs, config.max_num_batched_tokens, config.max_fill_rows],
+        "rows": [config.max_num_seqs, config.max_num_batched_tokens, config.max_fill_rows, requests_at_once(config)],
         "device": device_name(runner.decoder.device),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,

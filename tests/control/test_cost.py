@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from drex.config import EngineConfig
 from drex.control.cost import CostModel, Load
-from drex.control.profile import Curve, Profile, SegmentCost, load_profile, nominal
+from drex.control.profile import Curve, OwnCost, Profile, SegmentCost, load_profile, mean_cost, nominal
 from drex.control.slots import SlotLayout
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -64,6 +65,17 @@ def test_a_curve_with_other_counts_is_refused(counts: tuple[float, ...], seconds
         Curve(counts, seconds)
 
 
+@quick
+@given(
+    steps=st.lists(st.tuples(st.floats(0.1, 1e3), st.floats(1e-9, 1e3)), min_size=1, max_size=5),
+    count=st.integers(0, 4000),
+)
+def test_one_count_is_looked_up_as_many_are(steps: list[tuple[float, float]], count: int) -> None:
+    curve = Curve(tuple(np.cumsum([s for s, _ in steps]).tolist()), tuple(t for _, t in steps))
+    for at in (float(count), *curve.counts):
+        assert curve.one(at) == pytest.approx(float(curve.at(np.array([at]))[0]), rel=1e-9)
+
+
 # Profiles
 
 
@@ -77,6 +89,7 @@ profiles = st.builds(
     st.lists(st.builds(SegmentCost, curves, curves, seconds, seconds, seconds), min_size=1, max_size=4).map(tuple),
     st.none() | st.integers(1, 64),
     st.text(max_size=8),
+    st.builds(OwnCost, seconds, seconds),
 )
 
 
@@ -114,6 +127,10 @@ def broken(**changes: Any) -> dict[str, Any]:
         broken(span=None),
         broken(entry="little"),
         broken(kv_row=[1.0]),
+        broken(kv_row=10**400),
+        nominal((2, 2)).to_dict() | {"own": {"per_pass": -1.0}},
+        nominal((2, 2)).to_dict() | {"own": {"per_request": math.nan}},
+        nominal((2, 2)).to_dict() | {"own": 3},
     ],
 )
 def test_what_is_no_profile_is_refused(data: Any) -> None:
@@ -132,8 +149,27 @@ def test_a_profile_is_read_from_its_file_and_other_files_are_refused_by_name(tmp
             load_profile(tmp_path / name)
 
 
+def test_the_mean_of_a_cost_and_thrice_it_is_twice_it() -> None:
+    made = profile("stepped", 1.0)
+    (once,), (twice,), (thrice,) = (made.scaled(factor).segments for factor in (1.0, 2.0, 3.0))
+    assert mean_cost([once, thrice]) == twice
+
+
+def test_the_engines_own_time_comes_once_a_pass_and_is_part_of_every_prediction() -> None:
+    made = profile("linear", 1.0, 2.0, 1.0)
+    plain, cost = CostModel(made), CostModel(replace(made, own=OwnCost(0.25, 0.5)))
+    load = decode_load(3)
+    assert [cost.predict(s, load) - plain.predict(s, load) for s in range(3)] == pytest.approx([1.75] * 3)
+    parts = [(segment, load) for segment in range(3)]
+    assert cost.predict_parts(parts) - plain.predict_parts(parts) == pytest.approx(1.75)
+    one, live = made.with_exits((1,)), np.array([3.0])
+    assert CostModel(replace(one, own=OwnCost(0.25, 0.5))).profile.with_exits(()).own == OwnCost(0.25, 0.5)
+    each = cost.decode(1, live, np.zeros(1), 64.0, runs=True) - plain.decode(1, live, np.zeros(1), 64.0, runs=True)
+    assert float(each[0]) == pytest.approx(1.75)
+
+
 def test_a_scaled_profile_predicts_in_proportion() -> None:
-    made = profile("linear", 1.0, 2.0)
+    made = replace(profile("linear", 1.0, 2.0), own=OwnCost(0.1, 0.2))
     load = Load(rows=9, spans=3, entries=200, evaluations=3, kv_rows=5)
     for segment in range(2):
         once, thrice = (CostModel(each).predict(segment, load) for each in (made, made.scaled(3.0)))
@@ -228,6 +264,32 @@ def test_a_threefold_error_is_under_5_percent_after_a_bounded_number_of_passes(r
             cost.observe(segment, load, right.predict(segment, load))
     assert cost.predict(0, load) == pytest.approx(CostModel(made).predict(0, load), rel=0.05)
     assert cost.predict(1, load) == pytest.approx(truth.predict(1, load), rel=0.05)
+
+
+@pytest.mark.parametrize("factor", [1.3, 1 / 1.3])
+def test_a_machine_that_changes_while_passes_run_all_segments_does_not_make_these_dear(factor: float) -> None:
+    made, load = profile("weight_bound", 1.0, 1.0), decode_load(8)
+    cost = CostModel(made)
+
+    def run(passes: int, speed: float) -> None:
+        truth = CostModel(made.scaled(speed))
+        for number in range(passes):
+            if number % 64 == 0:
+                for segment in range(2):
+                    cost.observe(segment, load, truth.predict(segment, load))
+            together = sum(truth.predict(segment, load) for segment in range(2))
+            cost.observe_through(load, 0.9 * together)
+
+    run(64, 1.0)
+    before = float(cost.at_once(np.array([8.0]))[0])
+    run(200, factor)
+    again = cost.copy()
+    assert float(cost.at_once(np.array([8.0]))[0]) == pytest.approx(before, rel=0.08)
+    assert (
+        again.predict(0, load)
+        == cost.predict(0, load)
+        == pytest.approx(factor * CostModel(made).predict(0, load), rel=0.08)
+    )
 
 
 @pytest.mark.parametrize("factor", [1.4, 1 / 1.4])
