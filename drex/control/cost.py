@@ -85,8 +85,7 @@ class CostModel:
 
     def predict(self, segment: int, load: Load) -> float:
         """Seconds that a pass will take."""
-        own = self.profile.own
-        base = self.profile.segments[segment].seconds(*load) + own.per_pass + own.per_request * load.spans
+        base = self.profile.segments[segment].seconds(*load) + self.profile.own.seconds(load.spans)
         return max(base, 1e-9) * math.exp(self._correction(segment, load.rows + load.kv_rows))
 
     def decode(self, segment: int, live: FloatArray, fills: FloatArray, context: float, *, runs: bool) -> FloatArray:
@@ -144,13 +143,11 @@ class CostModel:
 
     def predict_parts(self, parts: Sequence[tuple[int, Load]]) -> float:
         """Seconds of a pass over these segments, with their loads: the engine's own time comes once."""
-        own, seconds = self.profile.own, 0.0
-        for number, (segment, load) in enumerate(parts):
-            seconds += self.predict(segment, load)
-            if number:
-                factor = math.exp(self._correction(segment, load.rows + load.kv_rows))
-                seconds -= factor * (own.per_pass + own.per_request * load.spans)
-        return seconds
+        again = 0.0
+        for segment, load in parts[1:]:
+            correction = self._correction(segment, load.rows + load.kv_rows)
+            again += math.exp(correction) * self.profile.own.seconds(load.spans)
+        return sum(self.predict(segment, load) for segment, load in parts) - again
 
     def _one_by_one(self, load: Load) -> float:
         last = self.segments - 1

@@ -78,6 +78,10 @@ class OwnCost:
             if not 0 <= seconds < math.inf:
                 raise ValueError(f"{seconds} seconds of the engine's own: give a number from 0 on")
 
+    def seconds(self, requests: int) -> float:
+        """Of a pass over so many requests."""
+        return self.per_pass + self.per_request * requests
+
 
 @dataclass(frozen=True)
 class SegmentCost:
