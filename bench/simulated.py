@@ -37,12 +37,15 @@ from drex.sim.workload import Job
 PROMPT, TOKENS = 16, 256
 POLICIES = ("full", "drex", "drex+run-ahead", "drex+lossless")
 SHARES = (0.25, 0.4, 0.55, 0.7, 0.85, 1.0)
-CHANCES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6)
+CHANCES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6, 0.85, 1.0)
+"""The last one drafts nothing."""
 CAPS = (2, 4, 8)
 FINALISTS = 8
 """Of the fixed ones: few, so that the best of them is not best by luck."""
 REQUESTS = 64
 """That count at least, in as many turns as that takes."""
+TRIED = 16384
+"""Tokens for which each setting is tried, at most a whole turn of them."""
 console = Console(width=160)
 
 
@@ -104,8 +107,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", default="llama-2-13b,qwen2.5-14b")
     parser.add_argument("--machine", default="h200")
     parser.add_argument("--threshold", type=float, default=0.3)
-    parser.add_argument("--in-flight", default="1,4,16,64,256")
+    parser.add_argument("--in-flight", default="1,4,16,64,256", help="counts for the tables; may be empty")
     parser.add_argument("--search", default="", help="counts in flight to search at, for the first shape")
+    parser.add_argument("--searched", default=",".join(POLICIES[2:]), help="policies whose rule is searched against")
     parser.add_argument("--miscalibrated", type=float, help="run trusted run-ahead with chances off by so much, too")
     parser.add_argument("--trace-tokens", type=int, default=16384)
     parser.add_argument("--json", type=Path)
@@ -119,7 +123,13 @@ def config_for(count: int) -> EngineConfig:
 
 
 def serve(
-    scenario: Scenario, name: str, count: int, fixed: Fixed | None = None, off: float = 0.0, turns: int = 1
+    scenario: Scenario,
+    name: str,
+    count: int,
+    fixed: Fixed | None = None,
+    off: float = 0.0,
+    turns: int = 1,
+    tokens: int = TOKENS,
 ) -> Cell:
     """A policy while all N decode, for some turns after one that warms up; `fixed` takes the place of the rule."""
     config = replace(config_for(count), **policy_settings(name))
@@ -132,7 +142,7 @@ def serve(
     if off:
         scheduler.drafts.acceptance = acceptance = Miscalibrated(scheduler.segments - 1)
         acceptance.off = off
-    jobs = [Job(PROMPT, TOKENS)] * (count * (1 + turns))
+    jobs = [Job(PROMPT, tokens)] * (count * (1 + turns))
     # Each turn has texts of its own.
     requests = list(scenario.requests(jobs, scheduler.segments, config.run_ahead))
     for turn in range(1 + turns):
@@ -147,11 +157,12 @@ def speed(cell: Cell) -> float:
 
 
 def search(scenario: Scenario, count: int, name: str) -> dict[str, Any]:
-    """The online rule against the best of the fixed ones: all are tried for a turn, and the best of these for long."""
+    """The online rule against the best of the fixed ones: all are tried shortly, and the best of these for long."""
     sizes = sorted({max(1, round(share * count)) for share in SHARES})
     kinds = [(float(size), 1) for size in sizes] + [(math.inf, size) for size in sizes]
     candidates = [(*kind, least, cap) for kind, least, cap in itertools.product(kinds, CHANCES, CAPS)]
-    tried = {each: speed(serve(scenario, name, count, each)) for each in candidates}
+    short = min(TOKENS, TRIED // count)
+    tried = {each: speed(serve(scenario, name, count, each, tokens=short)) for each in candidates}
     finalists = sorted(tried, key=lambda each: -tried[each])[:FINALISTS]
     turns = max(2, REQUESTS // count)
     found = {each: speed(serve(scenario, name, count, each, turns=turns)) for each in finalists}
@@ -177,7 +188,7 @@ def main() -> None:
         scenario = Scenario(lengths, costs, (0.5,), "recompute", params, confidences=source, thresholds=limits)
         table = Table("N", "full tok/s", "θ*", "ideal", *POLICIES[1:], "accepted", title=f"{name}, {costs.source}")
         rows = []
-        for count in map(int, options.in_flight.split(",")):
+        for count in map(int, filter(None, options.in_flight.split(","))):
             turns = max(1, REQUESTS // count)
             cells = [serve(scenario, policy, count, turns=turns) for policy in POLICIES]
             found = yardstick(cells[:2])
@@ -198,9 +209,10 @@ def main() -> None:
             relative = [value / full if value else math.nan for value in (found.optimal, found.ideal, *others)]
             table.add_row(str(count), f"{full:.0f}", *(f"{value:.2f}" for value in relative), f"{accepted:.2f}")
         report["shapes"][name] = rows
-        console.print(table)
+        if rows:
+            console.print(table)
         if number == 0 and options.search:
-            for count, policy in itertools.product(map(int, options.search.split(",")), POLICIES[2:]):
+            for count, policy in itertools.product(map(int, options.search.split(",")), options.searched.split(",")):
                 searched = search(scenario, count, policy)
                 report["search"].append(searched)
                 console.print(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -41,10 +42,6 @@ class SlotLayout:
     @property
     def cells_per_token(self) -> int:
         return sum(self.lengths) // self.layers_per_cell
-
-
-MOST_LEFT = 1024
-"""Starts of stretches that tables have left, to be tried first by new ones."""
 
 
 class SegmentTables:
@@ -130,7 +127,9 @@ class SlotPool:
         self._free: BoolArray = np.ones(self.num_cells, dtype=np.bool_)
         self._unpreferred: BoolArray = np.ones(self.num_cells, dtype=np.bool_)
         self._cells_in_use = 0
+        # Where stretches began that tables have left: tried first by new ones.
         self._left: list[int] = []
+        self._most_left = seats * layout.cells_per_token
         self._untouched = 0
 
     @property
@@ -154,13 +153,11 @@ class SlotPool:
 
     def open(self, seat: int, room: int) -> None:
         """Give a request empty tables, with stretches of the pool where `room` positions could lie in one run."""
+        starts = iter(self._find_stretches(room))
         for table in self.tables:
             assert table.counts[seat] == 0
-            for part in range(table.parts):
-                start = self._find_stretch(room)
-                stop = start if start is None else start + room
-                table.low[part, seat], table.high[part, seat] = start or 0, stop or 0
-                self._unpreferred[start or 0 : stop or 0] = False
+            for part, start in zip(range(table.parts), starts, strict=False):
+                table.low[part, seat], table.high[part, seat] = start, start + room
 
     def close(self, seat: int) -> None:
         """Free everything a request holds."""
@@ -181,7 +178,7 @@ class SlotPool:
                     self._left.append(start)
             table.counts[seat] = table.told[seat] = 0
             table.low[:, seat] = table.high[:, seat] = 0
-        del self._left[:-MOST_LEFT]
+        del self._left[: -self._most_left]
 
     def append(self, segment: int, seats: IntArray, entries: IntArray) -> IntArray:
         """Take cells for entries, ascending in each seat. Shapes: (rows,) each -> cells (parts, rows)."""
@@ -233,23 +230,38 @@ class SlotPool:
         self._free[cells] = False
         return cells
 
-    def _find_stretch(self, room: int) -> int | None:
-        """`room` cells in a row that are free and nobody prefers, where another table was if possible."""
-        while self._left:
-            start = self._left.pop()
-            if self._open_ground(start, start + room):
-                return start
-        if self._open_ground(self._untouched, self._untouched + room):
-            self._untouched += room
-            return self._untouched - room
-        taken = np.flatnonzero(~(self._free & self._unpreferred))
-        edges = np.concatenate(([-1], taken, [self.num_cells]))
-        starts = np.flatnonzero(np.diff(edges) > room)
-        return int(edges[starts[0]]) + 1 if len(starts) else None
+    def _find_stretches(self, room: int) -> list[int]:
+        """Where `room` cells in a row are free and nobody prefers them, which is marked: one for each cell of a token.
 
-    def _open_ground(self, start: int, stop: int) -> bool:
-        inside = stop <= self.num_cells
-        return inside and bool(self._free[start:stop].all() and self._unpreferred[start:stop].all())
+        Where other tables were if possible; fewer if there are no more.
+        """
+        wanted = self.layout.cells_per_token
+        found: list[int] = []
+        for _ in range(min(len(self._left), 2 * wanted)):
+            if len(found) == wanted:
+                break
+            start = self._left.pop()
+            if self._prefer(start, room):
+                found.append(start)
+        while len(found) < wanted and self._prefer(self._untouched, room):
+            found.append(self._untouched)
+            self._untouched += room
+        if len(found) < wanted:
+            taken = np.flatnonzero(~(self._free & self._unpreferred))
+            edges = np.concatenate(([-1], taken, [self.num_cells]))
+            wide = np.flatnonzero(np.diff(edges) > room)
+            gaps = zip((edges[wide] + 1).tolist(), edges[wide + 1].tolist(), strict=True)
+            starts = (start for first, end in gaps for start in range(first, end - room + 1, room))
+            found += [start for start in islice(starts, wanted - len(found)) if self._prefer(start, room)]
+        return found
+
+    def _prefer(self, start: int, room: int) -> bool:
+        """Mark a stretch as preferred, if all of it is free and nobody does."""
+        stop = start + room
+        if stop > self.num_cells or not (self._free[start:stop].all() and self._unpreferred[start:stop].all()):
+            return False
+        self._unpreferred[start:stop] = False
+        return True
 
     def check_integrity(self, holders: Iterable[int] = ()) -> None:
         """Raise AssertionError unless each cell is free or in one table, and just the `holders` have any."""
