@@ -4,9 +4,10 @@
     OMP_WAIT_POLICY=passive python bench/run_ahead.py --shape bundled
 
 By default passes run on random weights of a real shape, and what its exit point says is replayed from the bundled
-model's first exit on held-out text: real confidences, and whether each token was the one of full depth. The window that
-counts begins when all N have a token, and ends with the first that is done. Beside run-ahead's speed stands what it is
-of rebatching's when the passes of both are costed by the pooled times of the run, which takes drift out.
+model's first exit on held-out text: real confidences, and whether each token was the one of full depth. What counts
+begins when all N have a token, and ends with the same number of tokens for all policies. Beside run-ahead's speed
+stands what it is of rebatching's when the passes of both are costed by the pooled times of the run, which takes drift
+out.
 """
 
 from __future__ import annotations

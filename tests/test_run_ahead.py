@@ -205,9 +205,9 @@ def test_adaptive_lossless_run_ahead_rests_where_it_earns_less_than_full_depth(a
     scenario, rates = costs_by_the_row(accepted), {}
     for name in ("full", "drex+lossless", "drex+lossless+adaptive"):
         settings = policy_settings(name)
-        config = replace(EngineConfig(420, 8, 512, 8 * 420), **settings)
+        config = replace(EngineConfig(820, 8, 512, 8 * 820), **settings)
         engine = scenario.engine(config.policy, config, 8)
-        arrivals = scenario.requests([Job(8, 400)] * 8, engine.scheduler.segments, config.run_ahead)
+        arrivals = scenario.requests([Job(8, 800)] * 8, engine.scheduler.segments, config.run_ahead)
         passes = while_all_decode(engine, arrivals, 8)
         rates[name] = sum(one.tokens for one in passes) / sum(one.seconds for one in passes)
         assert ("adaptive" in name) == (engine.scheduler.unchecked > 0)

@@ -11,7 +11,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ from drex.engine.metrics import Metrics, PassRecord
 from drex.request import Request
 
 Arrivals = Iterable[tuple[float, Request]]
+COUNTED = 0.6
+"""Share of the tokens that policies are compared on while all requests decode. The more unevenly requests come along,
+the sooner one is done, and the shorter contexts are until then: passes until that moment would compare unlike ones."""
 IDLE = 0.5
 """Seconds without a pass that part one turn from the next: the other policies run then."""
 POINTS = 240
@@ -93,10 +96,13 @@ def take_turns(
 
 
 def while_all_decode(engine: Engine, arrivals: Arrivals, count: int) -> list[PassRecord]:
-    """Serve `count` requests that come at once; returns the passes from when all have a token until one is done.
+    """Serve `count` requests that come at once; returns the passes from when all have a token.
 
-    What waits at its end has cost something and brought nothing yet: outputs should be long.
+    They end with the first `COUNTED` of all tokens, or before a request is done. What waits at the end has cost
+    something and brought nothing yet: outputs should be long.
     """
+    arrivals = list(arrivals)
+    most = COUNTED * sum(request.max_tokens for _, request in arrivals)
     history: list[PassRecord] = []
     engine.history = history
     started: set[str] = set()
@@ -110,7 +116,9 @@ def while_all_decode(engine: Engine, arrivals: Arrivals, count: int) -> list[Pas
 
     serve(engine, arrivals, each, closed=True)
     assert len(edges) == 2, "a request ended before all had begun: ask for more tokens"
-    return list(history[edges[0] : edges[1]])
+    window = history[edges[0] : edges[1]]
+    brought = accumulate(record.tokens for record in window)
+    return [record for record, tokens in zip(window, brought, strict=True) if tokens <= most]
 
 
 def summarise(cells: Sequence[Cell], layers: Sequence[int]) -> list[dict[str, Any]]:
