@@ -12,8 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
-
 from drex.control.cost import CostModel
 from drex.control.yardstick import MOST_OWED, Yardstick, measure
 
@@ -23,18 +21,16 @@ DELAY = 16
 """Passes between asking and using, at least."""
 LIFETIME = 256
 """Passes after which it is solved again, if nothing calls for that before."""
-LOAD_MOVED, RATES_MOVED, COST_MOVED = 0.25, 0.1, 0.05
-"""What calls for it: requests that decode have changed by such a share, or an exit rate by so much, or contexts have
-grown until full depth takes such a share longer."""
+LOAD_MOVED, RATES_MOVED = 0.25, 0.1
+"""What calls for it: requests that decode have changed by such a share, or an exit rate by so much."""
 
 
 class _Asked(NamedTuple):
-    """At which pass, with which exit rates, for how many, and of what context."""
+    """At which pass, with which exit rates, and for how many."""
 
     at: int
     exit_rates: tuple[float, ...]
     decoding: int
-    context: float
 
     def stale(self, pass_number: int, exit_rates: Sequence[float]) -> bool:
         """Whether it should be solved again, at whatever load."""
@@ -88,20 +84,13 @@ class Outlook:
                 return not near, near and each[0].stale(pass_number, exit_rates), off
 
             asked, self.yardstick = min(self._solved.values(), key=order)
-            stale = asked.stale(pass_number, exit_rates) or self._grown(asked, context)
-            wanted = not asked.near(decoding) or (used and stale)
+            wanted = not asked.near(decoding) or (used and asked.stale(pass_number, exit_rates))
         if wanted and self._under_way is None:
             self._solver = self._solver or ThreadPoolExecutor(1, thread_name_prefix="drex-outlook")
-            asked, cost = _Asked(pass_number, tuple(exit_rates), decoding, context), self._cost.copy()
+            asked, cost = _Asked(pass_number, tuple(exit_rates), decoding), self._cost.copy()
             solve = partial(measure, grain=GRAIN, most_owed=self._most_owed, last=self.yardstick)
             future = self._solver.submit(solve, cost, asked.exit_rates, decoding, context, self._kv_fill)
             self._under_way = asked, future
-
-    def _grown(self, asked: _Asked, context: float) -> bool:
-        """Whether contexts have changed since so much that passes take something else."""
-        count = np.array([float(asked.decoding)])
-        now, then = (float(self._cost.full_depth(count, each)[0]) for each in (context, asked.context))
-        return abs(now / then - 1) > COST_MOVED
 
     def choose(self, ready: int, live: Sequence[int]) -> int | None:
         """The segment to run, by the requests that are ready and those that wait at each exit point.

@@ -6,7 +6,6 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -384,16 +383,6 @@ def test_whether_lossless_drafts_pay_is_judged_by_what_they_earned_at_about_this
         rule.tick(number, count, CONTEXT, ahead=True, lossless=False)
         assert rule.outlook.yardstick is not None
         assert rule.promises == pytest.approx(rule.outlook.yardstick.optimal)
-
-
-def test_it_is_solved_again_when_contexts_have_grown_until_passes_take_longer() -> None:
-    made = [replace(cost, entry=1e-6) for cost in profile("linear", 1.0, 1.0).segments]
-    ahead, found = Outlook(CostModel(Profile(tuple(made))), "alias"), []
-    for number in range(LIFETIME - 1):
-        ahead.tick(number, 8, (0.5,), CONTEXT if number < 2 * DELAY else CONTEXT + 1 if number < 4 * DELAY else 1e6)
-        found.append(ahead.yardstick)
-    assert found[DELAY] is found[5 * DELAY - 1]
-    assert found[-1].full < 0.9 * found[DELAY].full
 
 
 def test_what_nothing_is_decided_by_is_not_solved_again() -> None:
