@@ -7,8 +7,8 @@ Seconds are whole steps of the engine, scheduling included. The model is
 
 with piecewise-linear curves for rows and head: a machine's steps (tiles, narrow products, graph buckets) don't follow
 one line. The last two are the engine's own time. Online, there is a correction for the whole machine, and each segment
-keeps one by size of the pass: moving geometric means of measured / predicted. A machine that slows down does so for all
-passes, also for those that are rare. Passes over all segments at once have one of their own.
+keeps some by size of the pass: moving geometric means of measured / predicted. A machine that slows down does so for
+all passes, also for those that are rare. Passes over all segments at once have corrections of their own.
 
 Invariants: predictions are positive; a correction only moves by what was observed.
 """
@@ -17,20 +17,24 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from drex.control.corrections import Corrections
 from drex.control.plan import FloatArray, Pass
 from drex.control.profile import Profile
 
-MACHINE, ADAPTATION = 0.05, 0.015
-"""Weights of a new observation in the moving means: of the machine's correction, and of a segment's for a size."""
+MACHINE = 0.05
+"""Weight of a new observation in the machine's correction."""
+DOUBT = 8.0
+"""Observations of a segment's passes that the profile counts as."""
 FEW = 20
 """Passes over all segments that tell what these take beside segments one by one."""
-CLIP = math.log(4.0)
-"""One observation counts as at most this far off (in logarithms): a pause of the machine is no new machine."""
+CLIP, CLIP_OF_SIZE = math.log(4.0), 0.1
+"""One observation counts as at most this far off (in logarithms): a pause of the machine is no new machine. For its
+size of pass it counts as less: what is far off is the machine first of all."""
 WINDOW = 4096
 """Passes over which errors are reported."""
 
@@ -67,9 +71,9 @@ class CostModel:
         self.profile = profile
         # Logarithms: of all passes, and beside that by segment and size.
         self._machine = 0.0
-        self._corrections: list[dict[int, float]] = [{} for _ in profile.segments]
-        # Of all segments at once beside one by one: by size, logarithm and number of observations.
-        self._through: dict[int, tuple[float, int]] = {}
+        self._corrections = [Corrections(DOUBT) for _ in profile.segments]
+        # Of all segments at once beside one by one, which no profile tells.
+        self._through = Corrections(0.0)
         self._errors: deque[float] = deque(maxlen=WINDOW)
 
     @property
@@ -79,8 +83,8 @@ class CostModel:
     def copy(self) -> CostModel:
         """One that predicts the same and learns for itself."""
         other = CostModel(self.profile)
-        other._machine, other._corrections = self._machine, [dict(known) for known in self._corrections]
-        other._through = dict(self._through)
+        other._machine, other._corrections = self._machine, [known.copy() for known in self._corrections]
+        other._through = self._through.copy()
         return other
 
     def predict(self, segment: int, load: Load) -> float:
@@ -114,7 +118,7 @@ class CostModel:
 
     def factors(self, segment: int, rows: FloatArray) -> FloatArray:
         """Corrections of passes by all their rows, those that only write K/V included."""
-        return math.exp(self._machine) * _by_size(self._corrections[segment], rows)
+        return np.exp(self._machine + self._corrections[segment].at(rows))
 
     def head_seconds(self, segment: int, rows: float) -> float:
         """Evaluations of the head at a segment's end."""
@@ -135,11 +139,11 @@ class CostModel:
 
     def at_once(self, rows: FloatArray) -> FloatArray:
         """What a pass over all segments takes, of what these take one by one; 1 until such passes were seen."""
-        return _by_size({size: value for size, (value, _) in self._through.items()}, rows)
+        return np.exp(self._through.at(rows))
 
     def predict_through(self, load: Load) -> float:
         """Seconds that a pass over all segments will take; the head at its end is evaluated."""
-        return self._one_by_one(load) * float(self.at_once(np.array([float(load.rows)]))[0])
+        return self._one_by_one(load) * math.exp(self._through.at(float(load.rows)))
 
     def predict_parts(self, parts: Sequence[tuple[int, Load]]) -> float:
         """Seconds of a pass over these segments, with their loads: the engine's own time comes once."""
@@ -159,30 +163,27 @@ class CostModel:
         predicted = self.predict(segment, load)
         self._errors.append(abs(predicted - seconds) / seconds if seconds > 0 else 0.0)
         off = min(CLIP, max(-CLIP, math.log(max(seconds, 1e-9) / predicted)))
-        rows, known = load.rows + load.kv_rows, self._corrections[segment]
-        known[_size(rows)] = self._correction(segment, rows) - self._machine + ADAPTATION * off
         self._machine += MACHINE * off
+        self._corrections[segment].learn(load.rows + load.kv_rows, min(CLIP_OF_SIZE, max(-CLIP_OF_SIZE, off)))
 
     def observe_through(self, load: Load, seconds: float) -> None:
         """Learn from a pass over all segments."""
-        off = min(CLIP, max(-CLIP, math.log(max(seconds, 1e-9) / self._one_by_one(load))))
-        size = _size(load.rows)
-        known, count = self._through.get(size, (0.0, 0))
-        # The first few count alike: nothing is known of it before. Once it is, it's the machine that changes.
-        weight = 1.0 / (count + 1) if count < FEW else ADAPTATION
-        self._through[size] = known + weight * (off - known), count + 1
-        if count >= FEW:
-            self._machine += MACHINE * (off - known)
+        off = min(CLIP, max(-CLIP, math.log(max(seconds, 1e-9) / self.predict_through(load))))
+        # Nothing was known of it before; once it is, it's the machine that changes.
+        if self._through.seen(load.rows) >= FEW:
+            self._machine += MACHINE * off
+        self._through.learn(load.rows, off)
 
     def fit(self, passes: Iterable[tuple[int, Load, float]]) -> None:
         """Correct to the medians of passes that were run: (segment, load, seconds)."""
         bare = CostModel(self.profile)
         logs: list[dict[int, list[float]]] = [{} for _ in self._corrections]
         for segment, load, seconds in passes:
-            size = _size(load.rows + load.kv_rows)
+            size = round(math.log2(max(1, load.rows + load.kv_rows)))
             logs[segment].setdefault(size, []).append(math.log(max(seconds, 1e-9) / bare.predict(segment, load)))
         self._machine = 0.0
-        self._corrections = [{size: float(np.median(values)) for size, values in each.items()} for each in logs]
+        medians = [{size: float(np.median(values)) for size, values in each.items()} for each in logs]
+        self._corrections = [Corrections(DOUBT, each) for each in medians]
 
     def error_quantiles(self) -> dict[str, float]:
         """Median and 90th percentile of |predicted - measured| / measured over the last passes; empty before any."""
@@ -192,24 +193,5 @@ class CostModel:
         return {"p50": float(p50), "p90": float(p90)}
 
     def _correction(self, segment: int, rows: int) -> float:
-        """Logarithm of the factor on a prediction: of this size of pass, or of the nearest one known."""
-        return self._machine + _nearest(self._corrections[segment], _size(rows))
-
-
-def _by_size(known: Mapping[int, float], rows: FloatArray) -> FloatArray:
-    """Factors, of logarithms that are known by size."""
-    if not known:
-        return np.ones_like(rows)
-    sizes = np.round(np.log2(np.maximum(1.0, rows))).astype(np.int64)
-    out: FloatArray = np.exp([_nearest(known, size) for size in range(int(sizes.max(initial=0)) + 1)])[sizes]
-    return out
-
-
-def _nearest(known: Mapping[int, float], size: int) -> float:
-    if size in known or not known:
-        return known.get(size, 0.0)
-    return known[min(sorted(known), key=lambda other: abs(other - size))]
-
-
-def _size(rows: int) -> int:
-    return round(math.log2(max(1, rows)))
+        """Logarithm of the factor on a prediction for passes of that size."""
+        return self._machine + float(self._corrections[segment].at(float(rows)))

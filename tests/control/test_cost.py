@@ -320,12 +320,39 @@ def test_a_threefold_error_is_under_5_percent_at_all_sizes_after_passes_of_many(
 def test_what_one_size_teaches_makes_no_other_size_worse_than_it_was() -> None:
     made = profile("weight_bound", 1.0, 1.0)
     truth, cost = CostModel(made.scaled(3.0)), CostModel(made)
-    # One pass of two rows, then many of three, which count as four.
+    # One pass of two rows, then many of three.
     cost.observe(0, decode_load(2), truth.predict(0, decode_load(2)))
     for _ in range(500):
         cost.observe(0, decode_load(3), truth.predict(0, decode_load(3)))
     for rows in (3, 4, 6, 50):
         assert cost.predict(0, decode_load(rows)) <= truth.predict(0, decode_load(rows)) * 1.05
+
+
+@pytest.mark.parametrize("off", [1.1, 1 / 1.1])
+def test_a_size_that_the_profile_has_wrong_is_right_to_2_percent_after_40_passes(off: float) -> None:
+    made, noise = profile("weight_bound", 1.0, 1.0), random.Random(1)
+    truth, cost = CostModel(made), CostModel(made)
+    for _ in range(40):
+        for rows, factor in ((8, 1.0), (64, off)):
+            load = decode_load(rows)
+            cost.observe(0, load, truth.predict(0, load) * factor * noise.uniform(0.95, 1.05))
+    for rows, factor in ((8, 1.0), (64, off)):
+        expected = truth.predict(0, decode_load(rows)) * factor
+        assert cost.predict(0, decode_load(rows)) == pytest.approx(expected, rel=0.02)
+
+
+def test_between_sizes_corrections_go_from_one_to_the_other_without_a_step() -> None:
+    made = profile("weight_bound", 1.0, 1.0)
+    bare, cost = CostModel(made), CostModel(made)
+    passes = [(rows, decode_load(rows)) for rows in (8, 32) for _ in range(9)]
+    cost.fit([(0, load, bare.predict(0, load) * (1.0 if rows == 8 else 1.3)) for rows, load in passes])
+    rows = np.arange(8.0, 33.0)
+    ratios = cost.factors(0, rows) / bare.factors(0, rows)
+    assert ratios[[0, -1]] == pytest.approx([1.0, 1.3])
+    # Halfway by the logarithm.
+    assert ratios[8] == pytest.approx(math.sqrt(1.3))
+    assert 1 <= (ratios[1:] / ratios[:-1]).min() <= (ratios[1:] / ratios[:-1]).max() < 1.03
+    assert cost.factors(0, np.array([2.0, 100.0])) == pytest.approx([1.0, 1.3])
 
 
 def test_one_pause_of_the_machine_hardly_shows() -> None:

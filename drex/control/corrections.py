@@ -1,0 +1,70 @@
+"""Corrections of a cost model by size of the pass, learnt while serving.
+
+Invariant: what is said of a size only moves by what was observed about it, or nearby.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+
+import numpy as np
+
+from drex.control.plan import FloatArray
+
+ADAPTATION = 0.015
+"""Weight of an observation once many were made: machines change."""
+
+
+class Corrections:
+    """Logarithms of measured / predicted: learnt at powers of two, and on straight lines between these.
+
+    Args:
+        doubt: observations that what is assumed at first counts as.
+        known: to start from, by the logarithm of the size.
+    """
+
+    def __init__(self, doubt: float, known: Mapping[int, float] | None = None) -> None:
+        self.doubt = doubt
+        self._sizes = sorted(known or ())
+        self._values = [] if known is None else [known[size] for size in self._sizes]
+        self._seen = [0.0] * len(self._sizes)
+
+    def copy(self) -> Corrections:
+        """One that knows the same and learns for itself."""
+        other = Corrections(self.doubt)
+        other._sizes, other._values, other._seen = list(self._sizes), list(self._values), list(self._seen)
+        return other
+
+    def at(self, rows: FloatArray | float) -> FloatArray:
+        """By rows of the pass, numbers or arrays; 0 until something is known."""
+        if not self._sizes:
+            return np.zeros(np.shape(rows))
+        return np.asarray(np.interp(np.log2(np.maximum(1.0, rows)), self._sizes, self._values))
+
+    def seen(self, rows: int) -> float:
+        """Observations about that size."""
+        return sum(self._seen[self._sizes.index(size)] for size, _ in _around(rows) if size in self._sizes)
+
+    def learn(self, rows: int, off: float) -> None:
+        """A pass of so many rows was off by so much, corrections included.
+
+        The first observations count alike, and so does what was assumed before; later ones count as `ADAPTATION`.
+        """
+        for size, share in _around(rows):
+            place = bisect_left(self._sizes, size)
+            if place == len(self._sizes) or self._sizes[place] != size:
+                assumed = float(self.at(2.0**size))
+                self._sizes.insert(place, size)
+                self._values.insert(place, assumed)
+                self._seen.insert(place, 0.0)
+            self._seen[place] += share
+            self._values[place] += share * max(ADAPTATION, 1.0 / (self._seen[place] + self.doubt)) * off
+
+
+def _around(rows: int) -> list[tuple[int, float]]:
+    """The powers of two around a size, as logarithms, and what share of it is theirs."""
+    size = math.log2(max(1, rows))
+    below = math.floor(size)
+    return [(at, share) for at, share in ((below, 1 - (size - below)), (below + 1, size - below)) if share]
