@@ -38,7 +38,8 @@ from drex.sim.workload import Job
 from drex.tuning.corpus import split_held_out, standard_library
 from drex.tuning.evaluate import confidences, held_out_blocks
 
-PROMPT = 8
+PROMPT, FEWEST = 8, 512
+"""Tokens: of a prompt, and of a turn at least, all requests together."""
 POLICIES = ("full", "drex", "drex+run-ahead", "drex+lossless+adaptive")
 console = Console(width=160)
 
@@ -74,7 +75,7 @@ def recorded(tokens: int) -> RecordedConfidences:
 
 def measure(subject: Subject, count: int, exits: ExitSource | None, options: argparse.Namespace) -> dict[str, Any]:
     """All policies at one count in flight."""
-    tokens = max(options.tokens, 96 // count)
+    tokens = max(options.tokens, FEWEST // count)
     prompts = (
         held_out_prompts(subject, PROMPT)
         if exits is None
@@ -144,11 +145,11 @@ def main() -> None:
     """Run, print, write."""
     options = arguments()
     counts = [int(count) for count in options.in_flight.split(",")]
-    longest = PROMPT + max(options.tokens, 96)
+    longest = PROMPT + max(options.tokens, FEWEST)
     config = EngineConfig(
         max_model_len=longest,
         max_num_seqs=max(counts),
-        kv_cache_tokens=max(count * (PROMPT + max(options.tokens, 96 // count)) for count in counts),
+        kv_cache_tokens=max(count * (PROMPT + max(options.tokens, FEWEST // count)) for count in counts),
     )
     bundled = options.shape == "bundled"
     exits = None if bundled else recorded(options.trace_tokens)

@@ -98,8 +98,8 @@ def take_turns(
 def while_all_decode(engine: Engine, arrivals: Arrivals, count: int) -> list[PassRecord]:
     """Serve `count` requests that come at once; returns the passes from when all have a token.
 
-    They end with the first `COUNTED` of all tokens, or before a request is done. What waits at the end has cost
-    something and brought nothing yet: outputs should be long.
+    They end before a request is done, and with the last pass through the last layer that brought some of the first
+    `COUNTED` of all tokens: what waits at the end has cost something and brought nothing yet.
     """
     arrivals = list(arrivals)
     most = COUNTED * sum(request.max_tokens for _, request in arrivals)
@@ -117,8 +117,11 @@ def while_all_decode(engine: Engine, arrivals: Arrivals, count: int) -> list[Pas
     serve(engine, arrivals, each, closed=True)
     assert len(edges) == 2, "a request ended before all had begun: ask for more tokens"
     window = history[edges[0] : edges[1]]
-    brought = accumulate(record.tokens for record in window)
-    return [record for record, tokens in zip(window, brought, strict=True) if tokens <= most]
+    brought = list(accumulate(record.tokens for record in window))
+    last = engine.scheduler.segments - 1
+    ends = [at for at, record in enumerate(window, 1) if record.through or record.segment == last]
+    within = [at for at in ends if brought[at - 1] <= most]
+    return list(window[: within[-1]]) if within else list(window)
 
 
 def summarise(cells: Sequence[Cell], layers: Sequence[int]) -> list[dict[str, Any]]:
