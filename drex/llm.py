@@ -15,6 +15,7 @@ from drex.control.cost import CostModel
 from drex.control.profile import Profile
 from drex.control.scheduler import Scheduler
 from drex.engine.engine import Emitted, Engine
+from drex.engine.heap import settled_heap
 from drex.engine.torch_executor import TorchExecutor
 from drex.intake import Intake, Message, Prompt, load_tokenizer
 from drex.outputs import Chunk, CompletionOutput, ExitStats, RequestOutput, Scored
@@ -183,18 +184,19 @@ class LLM:
         try:
             for request in requests:
                 self.engine.add(request)
-            while left:
-                ready = [emitted for request_id in left for emitted in self._inboxes[request_id]]
-                for request_id in left:
-                    self._inboxes[request_id] = []
-                for emitted in ready:
-                    if emitted[2] is not None:
-                        left.remove(emitted[0])
-                    yield emitted
-                if not ready:
-                    for emitted in self.engine.step():
-                        if emitted[0] in self._inboxes:
-                            self._inboxes[emitted[0]].append(emitted)
+            with settled_heap():
+                while left:
+                    ready = [emitted for request_id in left for emitted in self._inboxes[request_id]]
+                    for request_id in left:
+                        self._inboxes[request_id] = []
+                    for emitted in ready:
+                        if emitted[2] is not None:
+                            left.remove(emitted[0])
+                        yield emitted
+                    if not ready:
+                        for emitted in self.engine.step():
+                            if emitted[0] in self._inboxes:
+                                self._inboxes[emitted[0]].append(emitted)
         finally:
             for request in requests:
                 del self._inboxes[request.request_id]

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from drex.engine.engine import Engine
+from drex.engine.heap import settled_heap
 from drex.engine.metrics import PassRecord
 from drex.outputs import Chunk, CompletionOutput
 from drex.request import Request
@@ -223,8 +224,9 @@ class AsyncEngine:
     def _run(self) -> None:
         failure: BaseException | None = None
         try:
-            while self._obey():
-                self._step()
+            with settled_heap():
+                while self._obey():
+                    self._step()
             self._abort(frozenset(self._jobs))
         except BaseException as error:
             log.critical("the engine failed: all that is open ends with an error", exc_info=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from drex.engine.engine import Emitted, Engine
+from drex.engine.heap import settled_heap
 from drex.request import Request
 
 
@@ -27,15 +28,16 @@ def serve(
     start = executor.now()
     coming = iter(arrivals)
     upcoming = next(coming, None)
-    while upcoming is not None or engine.busy:
-        now = executor.now()
-        while upcoming is not None and (engine.unfinished < seats if closed else start + upcoming[0] <= now):
-            # A request's clock runs from when it came, which may have been in the middle of the last pass.
-            engine.add(upcoming[1], arrived=now if closed else start + upcoming[0])
-            upcoming = next(coming, None)
-        if not engine.busy and upcoming is not None:
-            executor.wait_until(start + upcoming[0])
-            continue
-        for emitted in engine.step():
-            if each is not None:
-                each(emitted)
+    with settled_heap():
+        while upcoming is not None or engine.busy:
+            now = executor.now()
+            while upcoming is not None and (engine.unfinished < seats if closed else start + upcoming[0] <= now):
+                # A request's clock runs from when it came, which may have been in the middle of the last pass.
+                engine.add(upcoming[1], arrived=now if closed else start + upcoming[0])
+                upcoming = next(coming, None)
+            if not engine.busy and upcoming is not None:
+                executor.wait_until(start + upcoming[0])
+                continue
+            for emitted in engine.step():
+                if each is not None:
+                    each(emitted)
