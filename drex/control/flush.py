@@ -70,8 +70,8 @@ class FlushRule:
         self._tokens = self._seconds = 0.0
         # Tokens earned, and those that full depth would have earned meanwhile.
         self._gain = (0.0, 0.0)
-        # The same of passes that checked exits, and how many: by how many decoded, whether requests ran ahead, and
-        # losslessly.
+        # The same of passes that checked exits, beside full depth all segments at once, and how many: by how many
+        # decoded, whether requests ran ahead, and losslessly.
         self._checked: dict[tuple[int, bool, bool], tuple[float, float, int]] = {}
         self._ahead = self._lossless = False
         self._context, self._refreshed = 0.0, -1
@@ -118,12 +118,12 @@ class FlushRule:
             return None
         # Gains on full depth, not rates: the machine may have been faster.
         tokens, at_full_depth, passes = self._checked.get(self._kind, NOTHING)
-        gains = [tokens / at_full_depth] if passes >= 2 * ENOUGH and self._ahead else []
+        earned = [tokens / at_full_depth * load / self.full_step(load)] if passes >= 2 * ENOUGH and self._ahead else []
         if not self._lossless:
             if solved is None or solved.optimal is None:
                 return None
-            gains.append(solved.optimal / solved.full)
-        return max(gains) * load / self._one_by_one(load) if gains else None
+            earned.append(solved.optimal / solved.full * load / self._one_by_one(load))
+        return max(earned, default=None)
 
     @property
     def pays(self) -> bool | None:
@@ -132,9 +132,14 @@ class FlushRule:
         return None if full is None or promised is None else promised >= full
 
     def might_not_pay(self, margin: float) -> bool:
-        """Whether full depth times a margin would be above what checking exits earns, as far as that is known."""
+        """Whether full depth times a margin would be above what checking exits earns, as far as that is known.
+
+        Where requests are lossless nothing is until it was earned: it might.
+        """
         full, promised = self.full, self.promises
-        return full is not None and promised is not None and promised < margin * full
+        if full is None or promised is None:
+            return full is not None and self._lossless
+        return promised < margin * full
 
     @property
     def full(self) -> float | None:
@@ -153,10 +158,13 @@ class FlushRule:
         """Count a pass: tokens decided, what it took, and whether exits were checked at the time."""
         fade = math.exp(-1.0 / EARNING_MEMORY)
         self._tokens, self._seconds = self._tokens * fade + tokens, self._seconds * fade + seconds
-        at_full_depth = seconds * self._full_rate()
         earned, full = self._gain
-        self._gain = earned * fade + tokens, full * fade + at_full_depth
+        self._gain = earned * fade + tokens, full * fade + seconds * self._full_rate()
         if checked:
+            # Beside what passes at once were held for meanwhile: if flushes are dearer than they seem, the machine is
+            # held for slower while there are many, and passes segment by segment for dearer than they are later.
+            decoding = max(1, self._decoding)
+            at_full_depth = seconds * decoding / self.full_step(decoding)
             earned, full, passes = self._checked.get(self._kind, NOTHING)
             if passes >= ENOUGH:
                 earned, full = earned * fade + tokens, full * fade + at_full_depth

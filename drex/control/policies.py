@@ -25,7 +25,7 @@ PROBE_WEIGHT = 8
 """Its rows count so many times for exit rates: they stand for those of all passes since the last one."""
 SURE = 1.6
 """`adaptive`: where checking exits promises less than so many times full depth, what that takes is tried, first after
-`PROBE_EVERY` passes, then each time after twice as many, up to `PROBE_EVERY * PROBE`."""
+`PROBE` passes, then each time after twice as many, up to `PROBE_EVERY * PROBE`."""
 PROBE = 16
 """Under run-ahead that many in a row: what they earn shows once buffers have filled and were flushed."""
 
@@ -138,7 +138,7 @@ class Drex(Split):
     def __init__(self, config: EngineConfig, cost: CostModel, kv_fill: str) -> None:
         super().__init__(config, cost, kv_fill)
         self._asked = self._went_through = 0
-        self._interval = PROBE_EVERY
+        self._interval = PROBE
         self._probes = self._ahead = False
 
     def checks_exits(self, segment: int) -> bool:
