@@ -74,6 +74,8 @@ class CostModel:
         self._corrections = [Corrections(DOUBT) for _ in profile.segments]
         # Of all segments at once beside one by one, which no profile tells.
         self._through = Corrections(0.0)
+        # Whether the last pass was one over all segments.
+        self._went_through = False
         self._errors: deque[float] = deque(maxlen=WINDOW)
 
     @property
@@ -160,6 +162,7 @@ class CostModel:
 
     def observe(self, segment: int, load: Load, seconds: float) -> None:
         """Learn from a pass that was run."""
+        self._went_through = False
         predicted = self.predict(segment, load)
         self._errors.append(abs(predicted - seconds) / seconds if seconds > 0 else 0.0)
         off = min(CLIP, max(-CLIP, math.log(max(seconds, 1e-9) / predicted)))
@@ -167,7 +170,10 @@ class CostModel:
         self._corrections[segment].learn(load.rows + load.kv_rows, min(CLIP_OF_SIZE, max(-CLIP_OF_SIZE, off)))
 
     def observe_through(self, load: Load, seconds: float) -> None:
-        """Learn from a pass over all segments."""
+        """Learn from a pass over all segments, if it is not the first after others: caches are cold then."""
+        in_a_row, self._went_through = self._went_through, True
+        if not in_a_row:
+            return
         off = min(CLIP, max(-CLIP, math.log(max(seconds, 1e-9) / self.predict_through(load))))
         # Nothing was known of it before; once it is, it's the machine that changes.
         if self._through.seen(load.rows) >= FEW:

@@ -26,6 +26,8 @@ PROBE_WEIGHT = 8
 SURE = 1.6
 """`adaptive`: where checking exits promises less than so many times full depth, what that takes is tried, first after
 `PROBE` passes, then each time after twice as many, up to `PROBE_EVERY * PROBE`."""
+TRIES = 4
+"""Passes of such a trial: the first after others takes longer than in a row."""
 PROBE = 16
 """Under run-ahead that many in a row: what they earn shows once buffers have filled and were flushed."""
 
@@ -138,7 +140,7 @@ class Drex(Split):
     def __init__(self, config: EngineConfig, cost: CostModel, kv_fill: str) -> None:
         super().__init__(config, cost, kv_fill)
         self._asked = self._went_through = 0
-        self._interval = PROBE
+        self._interval, self._trying = PROBE, 0
         self._probes = self._ahead = False
 
     def checks_exits(self, segment: int) -> bool:
@@ -181,12 +183,15 @@ class Drex(Split):
         if chosen is None:
             return None
         choice = Choice(*chosen)
-        due = self.config.adaptive and not any(view.live) and self._asked - self._went_through >= self._interval
-        if not due or not self.rule.might_not_pay(SURE):
+        if not self.config.adaptive or any(view.live):
             return choice
+        if not self._trying:
+            if self._asked - self._went_through < self._interval or not self.rule.might_not_pay(SURE):
+                return choice
+            self._interval, self._trying = min(2 * self._interval, PROBE_EVERY * PROBE), TRIES
         if any(view.owed):
             return Choice(max(range(len(view.owed)), key=lambda segment: view.owed[segment]), fills=True)
-        self._interval = min(2 * self._interval, PROBE_EVERY * PROBE)
+        self._trying -= 1
         return self._through(choice)
 
     def _through(self, choice: Choice) -> Choice:

@@ -292,6 +292,15 @@ def test_a_machine_that_changes_while_passes_run_all_segments_does_not_make_thes
     )
 
 
+def test_a_pass_over_all_segments_right_after_others_teaches_nothing() -> None:
+    made, load = profile("weight_bound", 1.0, 1.0), decode_load(8)
+    cost = CostModel(made)
+    together = cost.predict_through(load)
+    for seconds, known in ((2.0, 1.0), (0.8, 0.8), (0.8, 0.8)):
+        cost.observe_through(load, seconds * together)
+        assert float(cost.at_once(np.array([8.0]))[0]) == pytest.approx(known)
+
+
 @pytest.mark.parametrize("factor", [1.4, 1 / 1.4])
 def test_when_the_machine_changes_passes_that_are_rare_follow_those_that_are_frequent(factor: float) -> None:
     made, cost = profile("weight_bound", 1.0, 1.0), CostModel(profile("weight_bound", 1.0, 1.0))

@@ -222,6 +222,30 @@ def test_only_lossless_run_ahead_may_earn_less_than_what_is_solved_without() -> 
         assert rule.earning_ahead == pytest.approx(16 / rule.full_step(16) if lossless else rule.earning)
 
 
+@pytest.mark.parametrize("earned", [0.95, 1.05])
+def test_what_lossless_checking_earned_counts_beside_what_passes_at_once_were_held_for_then(earned: float) -> None:
+    """When flushes have made the machine look slow, passes at once are held for much cheaper than one by one."""
+    rule = rule_for(profile("weight_bound", 1.0, 1.0), [0.8], "recompute")
+    load = Load(16, 16, int(16 * CONTEXT), 16)
+
+    def at_once(share: float, passes: int) -> float:
+        for _ in range(passes):
+            rule.cost.observe_through(load, share * CostModel(rule.cost.profile).predict_through(load))
+        rule.prepare(10_000 + passes, CONTEXT)
+        return float(rule.cost.at_once(np.array([16.0]))[0])
+
+    assert at_once(0.7, 3) == pytest.approx(0.7)
+    for number in range(4 * ENOUGH):
+        rule.tick(20_000 + number, 16, CONTEXT, ahead=True, lossless=True)
+        assert rule.full is not None
+        rule.observe(16, 16 / (earned * rule.full))
+    assert rule.pays is (earned > 1)
+    # They come to be held for less cheap, one by one: what was earned is no other for that.
+    assert at_once(0.8, 200) > 0.72
+    assert rule.promises == pytest.approx(earned * (rule.full or 0.0), rel=0.01)
+    assert rule.pays is (earned > 1)
+
+
 def test_while_contexts_grow_the_solved_gain_on_full_depth_is_kept() -> None:
     rule = rule_for(profile("linear", 1.0, 1.0), [0.5], "recompute")
     rule.tick(0, 6, CONTEXT)

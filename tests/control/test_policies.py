@@ -15,7 +15,7 @@ from drex.config import POLICIES, EngineConfig
 from drex.control.cost import CostModel, Load
 from drex.control.plan import Pass
 from drex.control.policies import POLICIES as CLASSES
-from drex.control.policies import PROBE_EVERY, Checks, Choice, Split, View
+from drex.control.policies import PROBE_EVERY, TRIES, Checks, Choice, Split, View
 from drex.control.profile import Curve, Profile, SegmentCost
 from drex.control.slots import SlotLayout
 from drex.request import Request
@@ -415,6 +415,7 @@ def test_where_exits_hardly_pay_adaptive_tries_what_full_depth_takes(fill: str) 
         scheduler.took(batch, seconds)
         through.append(batch.then is not None)
     first = through.index(True)
+    assert all(through[first : first + TRIES])
     assert PROBE_EVERY // 2 <= first <= 4 * PROBE_EVERY
     assert scheduler.cost.at_once(np.array([4.0])) == pytest.approx([0.5], rel=0.1)
     # Once that is known, nothing else is done.
