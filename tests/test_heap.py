@@ -21,7 +21,8 @@ class Ring:
 
 @pytest.fixture(autouse=True)
 def _thawed() -> Iterator[None]:
-    assert gc.get_freeze_count() == 0
+    # An engine of another module's tests may be serving in a thread.
+    gc.unfreeze()
     yield
     assert gc.get_freeze_count() == 0
 
