@@ -99,7 +99,8 @@ def while_all_decode(engine: Engine, arrivals: Arrivals, count: int) -> list[Pas
     """Serve `count` requests that come at once; returns the passes from when all have a token.
 
     They end before a request is done, and with the last pass through the last layer that brought some of the first
-    `COUNTED` of all tokens: what waits at the end has cost something and brought nothing yet.
+    `COUNTED` of all tokens: what waits at the end has cost something and brought nothing yet. Where no such pass came
+    they are all until a request is done.
     """
     arrivals = list(arrivals)
     most = COUNTED * sum(request.max_tokens for _, request in arrivals)

@@ -170,7 +170,7 @@ class CostModel:
         self._corrections[segment].learn(load.rows + load.kv_rows, min(CLIP_OF_SIZE, max(-CLIP_OF_SIZE, off)))
 
     def observe_through(self, load: Load, seconds: float) -> None:
-        """Learn from a pass over all segments, if it is not the first after others: caches are cold then."""
+        """Learn from a pass over all segments, if it is not the first after others, when caches may be cold."""
         in_a_row, self._went_through = self._went_through, True
         if not in_a_row:
             return

@@ -27,7 +27,7 @@ SURE = 1.6
 """`adaptive`: where checking exits promises less than so many times full depth, what that takes is tried, first after
 `PROBE` passes, then each time after twice as many, up to `PROBE_EVERY * PROBE`."""
 TRIES = 4
-"""Passes of such a trial: the first after others takes longer than in a row."""
+"""Passes of such a trial: the first after others may take longer than in a row."""
 PROBE = 16
 """Under run-ahead that many in a row: what they earn shows once buffers have filled and were flushed."""
 
