@@ -156,6 +156,7 @@ class SlotPool:
         starts = iter(self._find_stretches(room))
         for table in self.tables:
             assert table.counts[seat] == 0
+            # The parts first: zip would drop a start that it took before it finds that no part is left.
             for part, start in zip(range(table.parts), starts, strict=False):
                 table.low[part, seat], table.high[part, seat] = start, start + room
 
