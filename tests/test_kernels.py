@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from attention_case import DEVICE, Case, assert_near, numbers
 from conftest import CONFIGS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,94 +31,31 @@ from drex.compute.kernels.attention import Partial, Tiles, attend, rows_per_tile
 from drex.compute.kernels.check import COLUMNS, FusedReductions
 from drex.compute.kernels.layer import add_norm, enter, gate, leave, rotate_and_write
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-DTYPES = list(TOLERANCE)
-
-
-def numbers(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def whole(*values):
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def assert_near(found, expected, dtype):
-    """Relative to the largest number."""
-    error = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
-    assert error <= TOLERANCE[dtype], float(error)
-
-
-class Case:
-    """Requests with contexts in runs, scattered, and with aliased entries; some rows of each attend."""
-
-    def __init__(self, seed, lengths, sizes, heads, kv_heads, head_dim, dtype):
-        rng = np.random.default_rng(seed)
-        planes, self.plane = 2, 1
-        cells = sum(lengths) + 7
-        self.keys = numbers(planes, cells, kv_heads, head_dim, dtype=dtype, seed=seed)
-        self.values = numbers(planes, cells, kv_heads, head_dim, dtype=dtype, seed=seed + 1)
-        rows = sum(sizes)
-        self.queries = numbers(rows, heads, head_dim, dtype=dtype, seed=seed + 2)
-        seats, room = len(lengths) + 1, max(lengths) + 3
-        self.table = torch.full((seats, room), cells - 1, dtype=torch.int32)
-        self.aliased = torch.zeros(seats, room, dtype=torch.bool)
-        free, start = rng.permutation(cells), 0
-        self.in_run = rng.random(len(lengths)) < 0.4
-        self.starts, self.seats, self.slots, visible = [], [], [], []
-        for number, (length, size) in enumerate(zip(lengths, sizes, strict=True)):
-            seat = seats - 1 - number
-            own = free[start : start + length].astype(np.int64)
-            start += length
-            if self.in_run[number]:
-                own = int(rng.integers(0, cells - length + 1)) + np.arange(length)
-            skipped = (rng.random(length) < 0.3) & ~self.in_run[number]
-            slots = np.where(skipped, own, own + self.plane * cells)
-            self.table[seat, :length] = torch.from_numpy(own.astype(np.int32))
-            self.aliased[seat, :length] = torch.from_numpy(skipped)
-            self.starts.append(int(own[0]))
-            self.seats.append(seat)
-            self.slots.append(torch.from_numpy(slots).to(DEVICE))
-            # Some entries before a row may be absent, so what it sees need not be its position.
-            visible.extend(sorted(rng.integers(1, length + 1, size=size).tolist()))
-        self.visible, self.sizes = visible, np.array(sizes)
-
-    def expected(self):
-        rows = []
-        keys, values = (each.flatten(0, 1).double() for each in (self.keys, self.values))
-        group = self.queries.shape[1] // self.keys.shape[2]
-        row = 0
-        for slots, size in zip(self.slots, self.sizes.tolist(), strict=True):
-            k, v = (each[slots].repeat_interleave(group, 1) for each in (keys, values))
-            for _ in range(size):
-                seen = self.visible[row]
-                scores = torch.einsum("hd,ehd->he", self.queries[row].double(), k[:seen]) / k.shape[-1] ** 0.5
-                rows.append(torch.einsum("he,ehd->hd", scores.softmax(-1), v[:seen]).flatten())
-                row += 1
-        return torch.stack(rows)
-
-    def found(self, widest, splits, spare):
-        rows, heads, head_dim = self.queries.shape
-        most = rows_per_tile(heads, self.keys.shape[2], widest)
-        span, first, count = tiles(self.sizes, most)
-        empty = [0] * spare
-        on = Tiles(
-            whole(*first, *empty),
-            whole(*count, *empty),
-            whole(*(self.seats[i] for i in span), *empty),
-            whole(*(int(self.in_run[i]) for i in span), *empty),
-            torch.stack([whole(*empty, *(0 for _ in span)), whole(*(self.starts[i] for i in span), *empty)]),
-            whole(*self.visible),
-        )
-        out = torch.empty(rows, heads * head_dim, device=DEVICE, dtype=self.queries.dtype)
-        partial = Partial.empty(rows, heads, splits, head_dim, DEVICE) if splits > 1 else None
-        table, aliased = self.table.to(DEVICE), self.aliased.to(DEVICE)
-        attend(
-            self.queries, self.keys, self.values, self.plane, 1, table, aliased, on, most, splits, partial, out
-        )  # fmt: skip
-        return out
+def attended(case, widest, splits, spare):
+    rows, heads, head_dim = case.queries.shape
+    most = rows_per_tile(heads, case.keys.shape[2], widest)
+    span, first, count = tiles(case.sizes, most)
+    empty = [0] * spare
+    on = Tiles(
+        whole(*first, *empty),
+        whole(*count, *empty),
+        whole(*(case.seats[i] for i in span), *empty),
+        whole(*(int(case.in_run[i]) for i in span), *empty),
+        torch.stack([whole(*empty, *(0 for _ in span)), whole(*(case.starts[i] for i in span), *empty)]),
+        whole(*case.visible),
+    )
+    out = torch.empty(rows, heads * head_dim, device=DEVICE, dtype=case.queries.dtype)
+    partial = Partial.empty(rows, heads, splits, head_dim, DEVICE) if splits > 1 else None
+    table, aliased = case.table.to(DEVICE), case.aliased.to(DEVICE)
+    attend(case.queries, case.keys, case.values, case.plane, 1, table, aliased, on, most, splits, partial, out)
+    return out
 
 
 @pytest.mark.parametrize(
@@ -129,7 +67,7 @@ def test_attention_is_that_of_the_reference_over_runs_tables_and_aliases(
     dtype, heads, kv_heads, head_dim, widest, splits
 ):
     case = Case(heads + splits, (1, 70, 9, 33), (1, 3, 2, 9), heads, kv_heads, head_dim, dtype)
-    assert_near(case.found(widest, splits, spare=2), case.expected(), dtype)
+    assert_near(attended(case, widest, splits, spare=2), case.expected(), dtype)
 
 
 @settings(max_examples=8, deadline=None)
@@ -144,7 +82,7 @@ def test_attention_holds_for_any_lengths(spans, splits, seed):
         return
     lengths, sizes = zip(*spans, strict=True)
     case = Case(seed, lengths, sizes, 4, 2, 16, torch.float32)
-    assert_near(case.found(16, splits, spare=0), case.expected(), torch.float32)
+    assert_near(attended(case, 16, splits, spare=0), case.expected(), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,7 +1,7 @@
 """Measures what passes take on the machine at hand, and fits the profile that decisions are read from.
 
-Made-up passes run through the real segment runner, over K/V slots that nobody uses yet. Times are means over rounds of
-medians of repetitions, in seconds.
+Made-up passes run through the real segment runner, over K/V slots that nobody uses yet, and find the caches as they do
+while serving. Times are means over rounds of medians of repetitions, in seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from drex.request import SamplingParams
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 ROUNDS = 2
 """All is measured so often, and averaged: a slow moment of the machine then meets no point twice."""
-REPEATS = (2, 5)
+REPEATS = (3, 5)
 POINT_SECONDS = 0.03
 """Repetitions of one measurement stop at the larger number, or at the smaller one once they took this long."""
 LONG_SECONDS = 0.3
@@ -62,6 +62,7 @@ class Profiler:
         counts = [*buckets, *(count for count in GRID if not buckets or count > buckets[-1])]
         grid = [count for count in counts if count < largest] + [largest]
         segments = range(len(self.layout.lengths))
+        self._write_entries(largest)
         with _bar("measuring this machine", ROUNDS * len(segments) * len(grid), progress) as advance:
             rounds = [[self._segment(segment, grid, advance) for segment in segments] for _ in range(ROUNDS)]
         threads = torch.get_num_threads() if self._on_cpu else None
@@ -113,9 +114,12 @@ class Profiler:
         )
 
     def head_seconds(self, segment: int, rows: int) -> float:
-        """Evaluations of so many rows."""
+        """Evaluations of so many rows, after layers whose weights have taken the head's place in the caches."""
         ask, hidden = self._evaluations(np.arange(rows)), self.hidden(rows)
-        return self._time(lambda: self.runner.evaluate(segment, hidden, hidden, ask))
+        layers = self.decode_pass(segment, 1, self._context(segment, 1), 0)
+        return self._time(
+            lambda: self.runner.evaluate(segment, hidden, hidden, ask), before=lambda: self.runner.run(layers)
+        )
 
     def hidden(self, rows: int) -> torch.Tensor:
         decoder = self.runner.decoder
@@ -140,6 +144,17 @@ class Profiler:
         return max(0.0, (more - plain) / rows)
 
     # Made-up passes
+
+    def _write_entries(self, largest: int) -> None:
+        """Write the K/V that is going to be read, for passes of up to so many rows.
+
+        Memory of a CPU that was never written is one page of zeros, which no cache ever misses.
+        """
+        used = max(largest, CONTEXT * max(self.config.max_num_seqs, 8 * LONG_CONTEXT))
+        for segment in range(len(self.layout.lengths)):
+            room = self._room(segment)
+            for start in range(0, self.layout.parts(segment) * room, room):
+                self.runner.pool.memory[:, :, start : start + min(used, room)] = 0
 
     def _room(self, segment: int) -> int:
         """Positions that fit into the pool at a segment."""
@@ -191,12 +206,17 @@ class Profiler:
     def time_pass(self, batch: Pass) -> float:
         return self._time(lambda: self.runner.run(batch))
 
-    def _time(self, action: Callable[[], object]) -> float:
-        first = self._once(action)
+    def _time(self, action: Callable[[], object], before: Callable[[], object] | None = None) -> float:
+        def once() -> float:
+            if before is not None:
+                before()
+            return self._once(action)
+
+        first = once()
         times = [first] if first > LONG_SECONDS and self._on_cpu else []
         least, most = REPEATS
         while len(times) < most and (len(times) < least or sum(times) < POINT_SECONDS):
-            times.append(self._once(action))
+            times.append(once())
         return statistics.median(times)
 
     def _once(self, action: Callable[[], object]) -> float:
