@@ -178,9 +178,12 @@ def ahead_panel(report: dict[str, Any]) -> Panel:
     """Rebatching and run-ahead, a shape."""
     rows = []
     for cell in report["runs"]:
-        speeds = cell["tokens_per_s"]
-        full = speeds.get("full", cell["full"])
-        values = {name: [rate / full for rate in (speed, *cell["each"][name])] for name, speed in speeds.items()}
+        turns, full = cell["each"], cell["tokens_per_s"].get("full", cell["full"])
+        whole = turns.get("full", [full] * len(next(iter(turns.values()))))
+        values = {
+            name: [ratio, *(rate / base for rate, base in zip(turns[name], whole, strict=True))]
+            for name, ratio in cell["times_full"].items()
+        }
         values |= {name: [cell[name] / full] for name in ("theta_star", "ideal") if cell[name] is not None}
         rows.append((float(cell["in_flight"]), values))
     return over_counts(f"{report['options']['shape']}: {report['label'].partition(',')[0]}", rows)

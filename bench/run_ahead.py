@@ -5,14 +5,15 @@
 
 By default passes run on random weights of a real shape, and what its exit point says is replayed from the bundled
 model's first exit on held-out text: real confidences, and whether each token was the one of full depth. What counts
-begins when all N have a token, and ends with the same number of tokens for all policies. Beside run-ahead's speed
-stands what it is of rebatching's when the passes of both are costed by the pooled times of the run, which takes drift
-out.
+begins when all N have a token, and ends with the same number of tokens for all policies. Ratios are medians over the
+turns, in each of which the policies come right after each other. Behind run-ahead's speed stands what it is of
+rebatching's: by the clock, and with the passes of both costed by the pooled times of the run, which takes drift out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from dataclasses import replace
@@ -60,7 +61,10 @@ def arguments() -> argparse.Namespace:
         "--trace-tokens", type=int, default=16384, help="held-out tokens whose confidences are recorded"
     )
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if "drex" not in options.policies.split(","):
+        parser.error("--policies needs drex, which run-ahead is compared with")
+    return options
 
 
 def recorded(tokens: int) -> RecordedConfidences:
@@ -98,6 +102,7 @@ def measure(subject: Subject, count: int, exits: ExitSource | None, options: arg
             if turn:
                 cell.history.extend(passes)
                 speeds[cell.policy].append(rate(passes))
+    plain = next(cell for cell in cells if cell.policy == "drex")
     found, pooled = yardstick([cell for cell in cells if cell.policy in ("full", "drex")]), yardstick(cells)
     assert found is not None
     assert pooled is not None
@@ -110,9 +115,20 @@ def measure(subject: Subject, count: int, exits: ExitSource | None, options: arg
         "exit_rates": found.exit_rates,
         "tokens_per_s": {name: statistics.median(each) for name, each in speeds.items()},
         "each": speeds,
-        "costed": {cell.policy: costed(cell.history, pooled.cost) for cell in cells if cell.policy != "full"},
+        "times_full": {name: _ratio(each, speeds.get("full", [found.full])) for name, each in speeds.items()},
+        "times_rebatching": {name: _ratio(each, speeds["drex"]) for name, each in speeds.items() if "+" in name},
+        "costed_times_rebatching": {
+            cell.policy: costed(cell.history, pooled.cost) / costed(plain.history, pooled.cost)
+            for cell in cells
+            if "+" in cell.policy
+        },
         "drafts": {cell.policy: cell.engine.scheduler.drafts.report() for cell in cells if "+" in cell.policy},
     }
+
+
+def _ratio(speeds: list[float], beside: list[float]) -> float:
+    """The median of the turns' ratios; one figure beside them serves all."""
+    return statistics.median(speed / base for speed, base in zip(speeds, itertools.cycle(beside), strict=False))
 
 
 def show(title: str, found: list[dict[str, Any]]) -> None:
@@ -127,18 +143,19 @@ def show(title: str, found: list[dict[str, Any]]) -> None:
             str(each["in_flight"]),
             " ".join(f"{value:.2f}" for value in each["exit_rates"]),
             *(f"{each[key] / full:.2f}" for key in ("theta_star", "ideal")),
-            *(_speed(each, name, full) for name in names),
+            *(_speed(each, name) for name in names),
             f"{drafts['accepted'] / verified:.2f}" if verified else "",
             f"{drafts['calibration_error']:.3f}" if verified else "",
         )
     console.print(table)
 
 
-def _speed(found: dict[str, Any], name: str, full: float) -> str:
-    """Tokens a second, times full depth, and times rebatching when all passes take the pooled times of such passes."""
-    speed, pooled = found["tokens_per_s"][name], found["costed"]
-    beside = f", {pooled[name] / pooled['drex']:.3f}" if "+" in name and "drex" in pooled else ""
-    return f"{speed:.1f} ({speed / full:.2f}{beside})"
+def _speed(found: dict[str, Any], name: str) -> str:
+    """Tokens a second, times full depth, and times rebatching: by the clock and costed."""
+    shown = [f"{found['times_full'][name]:.2f}"]
+    if "+" in name:
+        shown += [f"{found[key][name]:.3f}" for key in ("times_rebatching", "costed_times_rebatching")]
+    return f"{found['tokens_per_s'][name]:.1f} ({', '.join(shown)})"
 
 
 def main() -> None:
@@ -165,7 +182,7 @@ def main() -> None:
         subject.config = replace(config, max_num_seqs=max(counts))
         found.append(measure(subject, count, exits, options))
         console.print(f"{count} in flight done", style="dim")
-    show(f"{subject.name} ({label}), tokens/s (times full depth)", found)
+    show(f"{subject.name} ({label}), tokens/s (times full depth, times rebatching, costed)", found)
     if options.json:
         facts = {name: str(value) for name, value in vars(options).items()}
         report = {"benchmark": "run_ahead", **machine.describe(), "label": label, "options": facts, "runs": found}
