@@ -1,7 +1,7 @@
 """What run-ahead gains: full depth, rebatching, trusted and lossless run-ahead, in turns, while all N decode.
 
-    OMP_WAIT_POLICY=passive python bench/run_ahead.py --json run_ahead.json
-    OMP_WAIT_POLICY=passive python bench/run_ahead.py --shape bundled
+    python bench/run_ahead.py --json run_ahead.json
+    python bench/run_ahead.py --shape bundled
 
 By default passes run on random weights of a real shape, and what its exit point says is replayed from the bundled
 model's first exit on held-out text: real confidences, and whether each token was the one of full depth. What counts
