@@ -76,7 +76,6 @@ def passes(count: int, run_ahead: str) -> dict[str, float]:
         max_num_seqs=count,
         max_num_batched_tokens=2048,
         kv_cache_tokens=count * room,
-        max_fill_rows=max(256, 4 * count),
         run_ahead=run_ahead,
     )
     jobs = draw_jobs(3 * count, (PROMPT, PROMPT), (OUTPUT, OUTPUT))

@@ -119,7 +119,7 @@ def arguments() -> argparse.Namespace:
 def config_for(count: int) -> EngineConfig:
     """All that are in flight fit."""
     longest = PROMPT + TOKENS
-    return EngineConfig(longest, count, 2048, count * longest, max(256, 8 * count))
+    return EngineConfig(longest, count, 2048, count * longest)
 
 
 def serve(

@@ -26,6 +26,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """What a benchmark can switch on beside the policy `drex`."""
 SCHEDULES = ("constant", "calm_paper", "calm_code")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+FILL_ROWS, FILL_ROWS_A_REQUEST = 256, 8
+"""Of `max_fill_rows`: at least, and for each request in flight. At exit rate .8 a buffered row owes 4 in the mean."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,8 @@ class EngineConfig:
         max_num_seqs: requests in flight.
         max_num_batched_tokens: rows a pass may have; longer prompts are chunked.
         kv_cache_tokens: tokens for which the K/V pool has slots at every layer.
-        max_fill_rows: rows that exited and still owe K/V, over all requests; beyond, they are filled.
+        max_fill_rows: rows that exited and still owe K/V, over all requests; beyond, they are filled. By default 8 a
+            request in flight, and at least 256.
         max_wait_passes: a row waits in the rebatching buffer for at most this many passes.
         max_slowdown: bound on how much longer than at full depth a request may take, as a factor; None: no bound.
         adaptive: stop checking exits while that does not pay; output then depends on load.
@@ -287,7 +290,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     kv_cache_tokens: int | None = None
-    max_fill_rows: int = 256
+    max_fill_rows: int | None = None
     max_wait_passes: int = 32
     max_slowdown: float | None = None
     adaptive: bool = False
@@ -298,7 +301,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_fill_rows", "max_wait_passes")
         for name in (*sizes, "max_draft"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
         if self.kv_cache_tokens is not None and self.kv_cache_tokens < 2:
             raise ValueError(
@@ -310,6 +313,12 @@ class EngineConfig:
         check_policies([self.policy])
 
     @property
+    def fill_rows(self) -> int:
+        """Fills that may be owed, over all requests."""
+        default = max(FILL_ROWS, FILL_ROWS_A_REQUEST * self.max_num_seqs)
+        return default if self.max_fill_rows is None else self.max_fill_rows
+
+    @property
     def arena_rows(self) -> int:
         """Hidden states the arena holds: one pass's rows, a live row a request, and the owed fills."""
-        return self.max_num_batched_tokens + self.max_num_seqs + self.max_fill_rows
+        return self.max_num_batched_tokens + self.max_num_seqs + self.fill_rows

@@ -70,7 +70,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
         kv_cache_tokens: int | None = None,
-        max_fill_rows: int = 256,
+        max_fill_rows: int | None = None,
         max_wait_passes: int = 32,
         max_slowdown: float | None = None,
         adaptive: bool = False,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from drex.compute.load import LoadedModel
-from drex.compute.segments import GRAPH_ROWS, SegmentRunner
+from drex.compute.segments import GRAPH_FILLS, GRAPH_ROWS, SegmentRunner
 from drex.config import EngineConfig
 from drex.tuning.profile import Profiler
 
@@ -32,7 +32,7 @@ def build_runner(
     """
     layout = model.layout
     assert config.kv_cache_tokens is not None
-    fills = config.max_fill_rows if model.exits.kv_fill == "project" else 0
+    fills = min(GRAPH_FILLS, config.fill_rows) if model.exits.kv_fill == "project" else 0
     try:
         runner = SegmentRunner(
             model.decoder,

@@ -110,7 +110,7 @@ class _Look:
         cost = CostModel(llm.profile.with_exits(kept))
         gains: dict[int, float | None] = {}
         for count in self._in_flight:
-            owed = llm.config.max_fill_rows
+            owed = llm.config.fill_rows
             found = measure(cost, rates, count, self._context, llm.model.exits.kv_fill, most_owed=owed)
             gains[count] = None if found.optimal is None else found.optimal / found.full
         ratio = sum(each.loss for each in scored) / len(scored) / self._loss

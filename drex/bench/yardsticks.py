@@ -61,7 +61,7 @@ def yardstick(cells: Sequence[Cell]) -> Found | None:
     rates = _exit_rates(with_exits, scheduler.segments - 1)
     shallow = [record.load for record in seen if record.segment == 0]
     context = sum(load.entries for load in shallow) / max(1, sum(load.spans for load in shallow))
-    kv_fill, most_owed = scheduler.placement.kv_fill, scheduler.config.max_fill_rows
+    kv_fill, most_owed = scheduler.placement.kv_fill, scheduler.config.fill_rows
     solved = measure(cost, rates, first.in_flight, context, kv_fill, most_owed=most_owed)
     full = next((_full_rate(cell) for cell in cells if cell.policy == "full"), None)
     return Found(full or solved.full, solved.optimal, solved.ideal, cost, rates, context, kv_fill, most_owed)

@@ -115,7 +115,6 @@ def simulate(
             max_num_seqs=count,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_tokens=count * longest,
-            max_fill_rows=max(256, 4 * count),
             max_slowdown=max_slowdown,
             adaptive=adaptive,
         )

@@ -21,6 +21,8 @@ from drex.control.slots import SlotLayout
 KERNELS = ("auto", "torch", "triton")
 GRAPH_ROWS = 512
 """Rows of the largest pass that replays a CUDA graph: beyond, launching takes less time than running."""
+GRAPH_FILLS = 256
+"""Rows that only write K/V, of such a pass: each step beyond would be as many graphs again."""
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

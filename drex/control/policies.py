@@ -105,8 +105,8 @@ class Split:
     def __init__(self, config: EngineConfig, cost: CostModel, kv_fill: str) -> None:
         self.config, self.checking = config, True
         self.rates = ExitRates(cost.segments - 1)
-        most = 2 * config.max_num_seqs + config.max_fill_rows
-        self.rule = FlushRule(cost, self.rates, kv_fill, most, config.max_fill_rows)
+        most = 2 * config.max_num_seqs + config.fill_rows
+        self.rule = FlushRule(cost, self.rates, kv_fill, most, config.fill_rows)
 
     def checks_exits(self, segment: int) -> bool:
         """Whether a pass over a segment evaluates exit heads at all; asked once for each."""

@@ -110,7 +110,7 @@ class Scheduler:
             for segment in range(self.segments - 1, 0, -1):
                 if urgent[segment] or live[segment] or standing.owed[segment]:
                     return Choice(segment, fills=True)
-        if sum(standing.owed) > self.config.max_fill_rows:
+        if sum(standing.owed) > self.config.fill_rows:
             return Choice(max(range(1, self.segments), key=lambda s: standing.owed[s]), fills=True)
         ahead, chances = bool(self.seats.having["drafting"]), None
         if ahead and ((known := self.seats.chance[standing.ready]) < 1).any():

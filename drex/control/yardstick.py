@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from drex.config import EngineConfig
+from drex.config import FILL_ROWS
 from drex.control.cost import CostModel
 from drex.control.plan import FloatArray
 from drex.control.solver import FEWEST, OneExit, TwoExits, solve_one_exit, solve_two_exits
@@ -24,7 +24,7 @@ POINTS = 513
 """Counts of fills that are summed over: all of them for few requests, every so many for more."""
 MOST_FILLS = 8192
 """From so many owed fills on only their mean counts: each one more costs the same then."""
-MOST_OWED = EngineConfig.max_fill_rows
+MOST_OWED = FILL_ROWS
 """Fills that an engine lets be owed, if nothing else is said."""
 
 

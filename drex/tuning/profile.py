@@ -56,7 +56,7 @@ class Profiler:
     def measure(self, *, progress: bool = False) -> Profile:
         """All segments, with the number of threads that torch has now."""
         most = self.config.max_num_batched_tokens
-        largest = min(most, 2 * self.config.max_num_seqs + self.config.max_fill_rows)
+        largest = min(most, 2 * self.config.max_num_seqs + self.config.fill_rows)
         # Passes that replay graphs take as long as the next larger graph.
         buckets = self.runner.buckets
         counts = [*buckets, *(count for count in GRID if not buckets or count > buckets[-1])]

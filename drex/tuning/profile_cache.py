@@ -97,7 +97,7 @@ def _key(runner: SegmentRunner, config: EngineConfig, exits: ExitPlan, threads: 
         "heads": [exit_spec.head for exit_spec in exits.exits],
         "criterion": exits.rule.criterion,
         "kv_fill": exits.kv_fill,
-        "rows": [config.max_num_seqs, config.max_num_batched_tokens, config.max_fill_rows, requests_at_once(config)],
+        "rows": [config.max_num_seqs, config.max_num_batched_tokens, config.fill_rows, requests_at_once(config)],
         "device": device_name(runner.decoder.device),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,

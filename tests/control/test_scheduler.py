@@ -150,6 +150,15 @@ def test_owed_fills_are_bounded() -> None:
     assert 6 <= most <= 6 + 4
 
 
+@pytest.mark.parametrize(
+    ("requests", "given", "rows"), [(4, None, 256), (64, None, 512), (256, None, 2048), (64, 6, 6)]
+)
+def test_more_fills_may_be_owed_the_more_requests_there_are(requests: int, given: int | None, rows: int) -> None:
+    config = EngineConfig(64, requests, 32, max_fill_rows=given)
+    assert config.fill_rows == rows
+    assert config.arena_rows == 32 + requests + rows
+
+
 @pytest.mark.parametrize("fill", ["alias", "mask"])
 def test_aliased_and_masked_tokens_take_slots_where_they_were_executed_and_nowhere_else(fill: str) -> None:
     layout = SlotLayout((2, 3))
