@@ -125,6 +125,11 @@ class ExitRule:
             return min(1.0, max(0.0, 0.9 * base + 0.1 * decay))
         return base * (0.9 + 0.1 * decay)
 
+    def bar(self, exit_index: int, output_index: int, max_tokens: int) -> float:
+        """The confidence that an exit has to reach, as `threshold`; infinite where the exit can't be taken."""
+        threshold = self.threshold(exit_index, output_index, max_tokens)
+        return math.inf if threshold is None else threshold
+
     @property
     def never(self) -> bool:
         """Whether no exit can be taken at all."""

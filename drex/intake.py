@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +39,9 @@ class Intake:
     ) -> None:
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self._check_fits = check_fits
-        self._arrivals = 0
+        self._arrivals = itertools.count(1)
+        # Tokenizers fail, or truncate what another thread gives them, where two threads use one.
+        self._tokenizing = threading.Lock()
 
     def requests(self, prompt: Prompt, params: SamplingParams, *, score_exits: bool = False) -> list[Request]:
         """The n samples of a prompt as requests; raises ValueError if they can't be served.
@@ -88,7 +92,8 @@ class Intake:
             if self.tokenizer is None:
                 raise ValueError("the model folder has no tokeniser: give prompts as token ids, or name a tokenizer")
             check_unicode(prompt)
-            ids = self.tokenizer(prompt)["input_ids"]
+            with self._tokenizing:
+                ids = self.tokenizer(prompt)["input_ids"]
             assert isinstance(ids, list)
         else:
             ids = list(prompt)
@@ -103,9 +108,10 @@ class Intake:
         if not messages:
             raise ValueError("messages is empty: give at least one")
         try:
-            ids = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
-            )
+            with self._tokenizing:
+                ids = self.tokenizer.apply_chat_template(
+                    [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
+                )
         except Exception as error:  # the template is a program of the model's author: it may raise anything
             raise ValueError(f"the chat template does not take these messages: {error}") from error
         assert isinstance(ids, list)
@@ -127,16 +133,16 @@ class Intake:
         seed: int,
         score_rule: ExitRule | None,
     ) -> Request:
-        self._arrivals += 1
+        number = next(self._arrivals)
         return Request(
-            request_id=f"request-{self._arrivals}",
+            request_id=f"request-{number}",
             prompt=tuple(ids),
             params=params,
             rule=rule,
             seed=seed,
             eos_token_ids=self.model.decoder.spec.eos_token_ids,
             num_segments=len(self.model.layout.lengths),
-            arrival=self._arrivals,
+            arrival=number,
             sample=sample,
             score_rule=score_rule,
             run_ahead=self._run_ahead(params),

@@ -14,8 +14,8 @@ from drex.config import EarlyExit, EngineConfig, check_lossless
 from drex.control.cost import CostModel
 from drex.control.profile import Profile
 from drex.control.scheduler import Scheduler
-from drex.engine.engine import Emitted, Engine
-from drex.engine.heap import settled_heap
+from drex.engine.client import EngineClient
+from drex.engine.engine import Engine
 from drex.engine.torch_executor import TorchExecutor
 from drex.intake import Intake, Message, Prompt, load_tokenizer
 from drex.outputs import Chunk, CompletionOutput, ExitStats, RequestOutput, Scored
@@ -25,7 +25,7 @@ from drex.tuning.profile_cache import obtain
 
 
 class LLM:
-    """An early-exit language model, ready to generate.
+    """An early-exit language model, ready to generate. Several threads may call it: they share passes.
 
     Args:
         model: Hugging Face folder or hub id; None is the bundled demonstration model.
@@ -106,7 +106,7 @@ class LLM:
         scheduler = Scheduler(self.config, self.model.layout, self.model.exits.kv_fill, CostModel(self.profile))
         self.engine = Engine(scheduler, TorchExecutor(runner), self.tokenizer)
         self.intake = Intake(self.model, self.config, self.tokenizer, scheduler.admission.check_fits)
-        self._inboxes: dict[str, list[Emitted]] = {}
+        self._client = EngineClient(self.engine)
 
     # Generation
 
@@ -170,38 +170,8 @@ class LLM:
 
     def _stream(self, left: dict[str, tuple[int, Request]]) -> Iterator[Chunk]:
         numbers = {request_id: number for request_id, (number, _) in left.items()}
-        for request_id, chunk, _ in self._serve([request for _, request in left.values()]):
+        for request_id, chunk, _ in self._client.serve([request for _, request in left.values()]):
             yield replace(chunk, prompt_index=numbers[request_id])
-
-    def _serve(self, requests: Sequence[Request]) -> Iterator[Emitted]:
-        """What these requests give, until they are done; those that are left when it is closed are aborted.
-
-        Several of these may be under way at once: each step of the engine serves all, and what belongs to another
-        waits in the inbox of its request.
-        """
-        left = {request.request_id for request in requests}
-        self._inboxes.update({request_id: [] for request_id in left})
-        try:
-            for request in requests:
-                self.engine.add(request)
-            with settled_heap():
-                while left:
-                    ready = [emitted for request_id in left for emitted in self._inboxes[request_id]]
-                    for request_id in left:
-                        self._inboxes[request_id] = []
-                    for emitted in ready:
-                        if emitted[2] is not None:
-                            left.remove(emitted[0])
-                        yield emitted
-                    if not ready:
-                        for emitted in self.engine.step():
-                            if emitted[0] in self._inboxes:
-                                self._inboxes[emitted[0]].append(emitted)
-        finally:
-            for request in requests:
-                del self._inboxes[request.request_id]
-                if request.request_id in left:
-                    self.engine.abort(request.request_id)
 
     def check(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[int]:
         """The token ids of a prompt that can be served; raises ValueError, naming the remedy, for one that can't."""
@@ -245,7 +215,7 @@ class LLM:
         """Serve requests to the end; on any interruption those that are left are aborted."""
         done: dict[str, CompletionOutput] = {}
         with _Progress(text, len(requests), progress) as advance:
-            for request_id, _, whole in self._serve(requests):
+            for request_id, _, whole in self._client.serve(requests):
                 if whole is not None:
                     done[request_id] = whole
                     advance()
@@ -264,7 +234,7 @@ class LLM:
 
     def metrics(self) -> dict[str, Any]:
         """What the engine has measured since it started; see `Engine.report`."""
-        return self.engine.report()
+        return self._client.ask(Engine.report)
 
     def exit_stats(self, outputs: Sequence[RequestOutput]) -> ExitStats:
         """Exits, involuntary exits and stays of everything in `outputs`."""

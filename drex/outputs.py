@@ -126,10 +126,11 @@ class ExitStats:
         listed = list(tokens)
         forced = stayed = 0
         for token in listed:
-            passed, last = token.checks, None
+            passed = token.checks
             if token.exit_layer < num_layers:
-                passed, last = token.checks[:-1], token.checks[-1]
-            forced += last is not None and last.confidence < last.threshold
+                # A token that left without a check left without being asked.
+                forced += not passed or passed[-1].confidence < passed[-1].threshold
+                passed = passed[:-1]
             stayed += any(check.confidence >= check.threshold for check in passed)
         exits = Counter(token.exit_layer for token in listed)
         return cls(len(listed), dict(sorted(exits.items())), forced, stayed)

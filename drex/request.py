@@ -208,6 +208,8 @@ class Request:
 
     `end_token_ids` end its text; `banned` are those that may not come before `min_tokens`.
 
+    `finish_reason` is None until the request has ended; `error` says what went wrong where the reason is `error`.
+
     With a `score_rule` the prompt's own tokens are scored: each prompt row is measured as if it were decoded, and
     exits where that rule says so. Without one, prompt rows run at full depth and are not measured.
     """
@@ -242,6 +244,7 @@ class Request:
     abort_asked: FinishReason | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
 
     def __post_init__(self) -> None:
         assert isinstance(self.params.stop_token_ids, tuple)
@@ -281,6 +284,20 @@ class Request:
         """Nothing is tentative any more."""
         del self.context[len(self.tokens) :]
         self.ahead.clear()
+
+    def cut(self, outputs: int) -> None:
+        """Take back what was recorded behind the first `outputs` tokens: a stop string ended the text there."""
+        length = len(self.prompt) + outputs
+        del self.records[outputs:], self.tokens[length:], self.depths[length - 1 :]
+
+    def may_exit(self, exit_index: int, number: int, confidence: float) -> bool:
+        """Whether the request lets output token `number`, from 0, exit at an exit point with some confidence.
+
+        The first token never exits early, and no token of a lossless request does.
+        """
+        if number == 0 or self.run_ahead == "lossless":
+            return False
+        return confidence >= self.rule.bar(exit_index, number, self.max_tokens)
 
     def ends(self, token: int, number: int) -> bool:
         """Whether a token that comes as output `number`, from 1, ends the text."""

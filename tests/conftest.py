@@ -15,7 +15,11 @@ import torch
 if not torch.cuda.is_available():
     # Read when Triton is imported, which transformers does.
     os.environ["TRITON_INTERPRET"] = "1"
+# Engines check slots, arena rows and requests against each other whenever they fall idle, in every test.
+os.environ["DREX_CHECK_INTEGRITY"] = "1"
 
+from tokenizers import Tokenizer, decoders
+from tokenizers import models as tokenizer_models
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -129,4 +133,31 @@ def text_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
     sizes = {**COMMON, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
     folder = make_model(LlamaConfig(**sizes), tmp_path_factory.mktemp("text_model"), seed=1)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """Made like Llama 2's: words with their leading space, and a token for each byte of what is no word."""
+    words = ["▁", "a", "b", "▁the", "▁cat", "▁sat", "!", "é"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    backend = Tokenizer(
+        tokenizer_models.BPE(
+            {name: i for i, name in enumerate(names)}, [], byte_fallback=True, fuse_unk=True, unk_token="<unk>"
+        )
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def byte_fallback_model(
+    tmp_path_factory: pytest.TempPathFactory, byte_fallback_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """A random Llama with the byte-fallback tokenizer beside it; token 2 ends text."""
+    sizes = {**COMMON, "vocab_size": len(byte_fallback_tokenizer), "eos_token_id": 2, "pad_token_id": None}
+    folder = make_model(LlamaConfig(**sizes), tmp_path_factory.mktemp("byte_fallback"), seed=2)
+    byte_fallback_tokenizer.save_pretrained(folder)
     return folder

@@ -477,7 +477,8 @@ def speak(text_model):
             asked = batch.evaluations
             said = [ids[p + 1 - d.prompt_length] for p, d in zip(asked.positions, asked.draws, strict=True)]
             ones = np.ones(len(said))
-            return Verdicts(np.array(said), -ones, ones, ones < 0, np.ones((2, len(said)), dtype=np.int64), {})
+            agreeing = np.ones((2, len(said)), dtype=np.int64)
+            return Verdicts(np.array(said), -ones, ones, ones < 0, agreeing, {}, ones > 0)
 
         llm.engine.executor.runner.start = start
         llm.engine.executor.runner.finish = lambda verdicts: verdicts
@@ -615,7 +616,9 @@ def test_end_token_or_stop_string_whichever_comes_first(speak, tokenizer):
     assert done(stop="sat", ignore_eos=True) == ("the cat ", "stop", "sat")
     assert done(ignore_eos=True) == ("the cat sat", "length", None)
     assert done(ignore_eos=True, skip_special_tokens=False) == ("the cat<|endoftext|> sat", "length", None)
-    assert done(skip_special_tokens=False) == ("the cat<|endoftext|>", "stop", None)
+    assert done(skip_special_tokens=False) == ("the cat", "stop", None)
+    shown = done(skip_special_tokens=False, include_stop_str_in_output=True)
+    assert shown == ("the cat<|endoftext|>", "stop", None)
 
 
 def test_characters_are_never_split(speak, tokenizer):

@@ -18,8 +18,9 @@ import numpy as np
 
 from drex.bench.yardsticks import Accuracy, Found, accuracy, yardstick
 from drex.engine.driver import serve
-from drex.engine.engine import Emitted, Engine, EngineStats
+from drex.engine.engine import Engine, EngineStats
 from drex.engine.metrics import Metrics, PassRecord
+from drex.engine.samples import Emitted
 from drex.request import Request
 
 Arrivals = Iterable[tuple[float, Request]]

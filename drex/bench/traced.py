@@ -43,3 +43,7 @@ class Traced:
         final = last.segment == self._segments - 1
         said = None if final else self._exits(last.segment, last.evaluations)
         return PassResult(verdicts(said, last.evaluations))
+
+    def abandon(self) -> None:
+        self._submitted.clear()
+        self.inner.abandon()

@@ -102,6 +102,7 @@ class Judgement:
             exited=exited,
             agreeing=agreeing_runs(evaluations, argmax),
             tops=self._tops.wait(columns["log_sum_exp"]),
+            finite=np.isfinite(columns["log_sum_exp"]),
         )
 
 

@@ -68,9 +68,16 @@ class Admission:
         self._requests[request.request_id] = request
         bisect.insort(self.waiting, request, key=urgency)
 
-    def finish(self, request_id: str, reason: FinishReason) -> None:
-        """End a request and free all it holds; if it is in an outstanding pass, at the next `finish_aborted`."""
+    def finish(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
+        """End a request and free all it holds; if it is in an outstanding pass, at the next `finish_aborted`.
+
+        Args:
+            request_id: of a request that has not ended.
+            reason: why it ends.
+            error: what went wrong, for `FinishReason.ERROR`.
+        """
         request = self._requests[request_id]
+        request.error = error
         if request.seat is not None and not self.seats.idle[request.seat]:
             request.abort_asked = reason
             self._aborting.append(request)
@@ -90,7 +97,7 @@ class Admission:
         left = [each for each in freed if each.finish_reason is None]
         for request in left:
             assert request.abort_asked is not None
-            self.finish(request.request_id, request.abort_asked)
+            self.finish(request.request_id, request.abort_asked, request.error)
         return left
 
     def admit(self) -> None:

@@ -34,6 +34,11 @@ class Asked(NamedTuple):
     live: int
     unasked: int
 
+    def kept(self, keep: BoolArray) -> Asked:
+        """Only some of the evaluations, numbered anew. Shape of `keep`: (evaluations,)."""
+        live = int(np.count_nonzero(keep[: self.live]))
+        return Asked(self.evaluations.kept(keep), self.seats[keep], live, self.unasked)
+
 
 class Decided(NamedTuple):
     """Rows with a verdict, and all that their records are made of.
@@ -133,16 +138,16 @@ class Decisions:
     def _scored(self, segment: int, owners: IntArray, positions: IntArray) -> list[tuple[int, int, float, int]]:
         """(full row, seat, threshold, target) of prompt rows whose next token is known and is to be scored."""
         out = []
-        final = segment == self.seats.segments - 1
-        for row in np.flatnonzero(self.seats.scored[owners]).tolist():
+        seats, final = self.seats, segment == self.seats.segments - 1
+        unmeasured = seats.scored[owners] & (positions < seats.prompt[owners] - 1) & ~seats.measured[owners, positions]
+        for row in np.flatnonzero(unmeasured).tolist():
             seat, position = int(owners[row]), int(positions[row])
-            request = self.seats[seat]
+            request = seats[seat]
             rule, length = request.score_rule, len(request.prompt)
             assert rule is not None
-            if position < length - 1 and position not in request.prompt_records:
-                threshold = None if final else rule.threshold(segment, position, length)
-                if final or threshold is not None:
-                    out.append((row, seat, np.nan if threshold is None else threshold, request.tokens[position + 1]))
+            threshold = None if final else rule.threshold(segment, position, length)
+            if final or threshold is not None:
+                out.append((row, seat, np.nan if threshold is None else threshold, request.prompt[position + 1]))
         return out
 
     def take_in(
@@ -165,7 +170,10 @@ class Decisions:
         final = depth == seats.segments
         if seats.having["patient"]:
             seats.agreeing[:, of, positions] = verdicts.agreeing
-        decided = np.ones_like(exits) if final else exits & ~seats.lossless[of]
+        decided = np.ones_like(exits) if final else exits.copy()
+        if not final:
+            # No exit decides a token of a lossless request; rows of a scored prompt have a rule of their own.
+            decided[:live] &= ~seats.lossless[of[:live]]
         if not final:
             seats.confidence[segment, of, positions] = verdicts.confidences
         # What stands on nothing open, and has nothing standing on it.
@@ -175,6 +183,8 @@ class Decisions:
         chosen = np.flatnonzero(decided & alone)
         seats.depth[of[chosen], positions[chosen]] = depth
         seats.token[of[chosen], positions[chosen] + 1] = verdicts.tokens[chosen]
+        measured = chosen[chosen >= live]
+        seats.measured[of[measured], positions[measured]] = True
         settled = of[chosen[chosen < live]]
         seats.reached[0, settled] += 1
         seats.settled[settled] += 1
@@ -277,10 +287,17 @@ class Decisions:
 
 
 def _checks(rule: ExitRule, number: int, most: int, confidences: Sequence[float]) -> tuple[ExitCheck, ...]:
-    """What exits said of token `number` of at most so many, with the thresholds in force; NaN: it wasn't asked."""
+    """The exit checks of one token, with the thresholds in force.
+
+    Args:
+        rule: the request's.
+        number: of the token among the request's outputs, from 0.
+        most: outputs that the request may have.
+        confidences: of each exit point that the row has passed; NaN where it was not asked.
+    """
     return tuple(
         [
-            ExitCheck(exit_index, confidence, rule.threshold(exit_index, number, most) or 0.0)
+            ExitCheck(exit_index, confidence, rule.bar(exit_index, number, most))
             for exit_index, confidence in enumerate(confidences)
             if confidence == confidence
         ]

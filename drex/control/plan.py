@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+T = TypeVar("T")
 
 
 class Rows(NamedTuple):
@@ -121,6 +122,18 @@ class Evaluations:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def kept(self, keep: BoolArray) -> Evaluations:
+        """Only some of the evaluations, numbered anew. Shape of `keep`: (evaluations,)."""
+        return Evaluations(
+            rows=self.rows[keep],
+            positions=self.positions[keep],
+            thresholds=self.thresholds[keep],
+            draws=[each for each, kept in zip(self.draws, keep.tolist(), strict=True) if kept],
+            agreeing=self.agreeing[:, keep],
+            banned=renumbered(self.banned, keep),
+            targets=renumbered(self.targets, keep),
+        )
+
 
 @dataclass(frozen=True)
 class Verdicts:
@@ -131,6 +144,7 @@ class Verdicts:
         exited: whether the row exits here, its own confidence and threshold considered.
         agreeing: the argmax here, and how many allowed exits in a row, this one included, had it. Shape (2, ...).
         tops: (token, log-probability) of the most likely tokens, best first, by evaluation that asked for them.
+        finite: False where the head's logits are NaN or infinite, so that nothing else said here means anything.
     """
 
     tokens: IntArray
@@ -139,16 +153,41 @@ class Verdicts:
     exited: BoolArray
     agreeing: IntArray
     tops: Mapping[int, tuple[tuple[int, float], ...]]
+    finite: BoolArray
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def kept(self, keep: BoolArray) -> Verdicts:
+        """Only some of the verdicts, numbered anew. Shape of `keep`: (evaluations,)."""
+        return Verdicts(
+            tokens=self.tokens[keep],
+            logprobs=self.logprobs[keep],
+            confidences=self.confidences[keep],
+            exited=self.exited[keep],
+            agreeing=self.agreeing[:, keep],
+            tops=renumbered(self.tops, keep),
+            finite=self.finite[keep],
+        )
+
+
+def renumbered(by_number: Mapping[int, T], keep: BoolArray) -> dict[int, T]:
+    """What is known by number, of the numbers that are kept, by what they are when these are counted anew."""
+    number = keep.cumsum() - 1
+    return {int(number[each]): value for each, value in by_number.items() if keep[each]}
 
 
 NO_EVALUATIONS = Evaluations(
     np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), (), np.zeros((2, 0), np.int64), {}, {}
 )
 NOTHING = Verdicts(
-    np.zeros(0, np.int64), np.zeros(0), np.zeros(0), np.zeros(0, np.bool_), np.zeros((2, 0), np.int64), {}
+    np.zeros(0, np.int64),
+    np.zeros(0),
+    np.zeros(0),
+    np.zeros(0, np.bool_),
+    np.zeros((2, 0), np.int64),
+    {},
+    np.zeros(0, np.bool_),
 )
 """Of a pass that evaluates no head."""
 

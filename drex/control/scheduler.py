@@ -49,7 +49,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig, layout: SlotLayout, kv_fill: str, cost: CostModel) -> None:
         assert config.kv_cache_tokens is not None
         assert cost.segments == len(layout.lengths)
-        self.config, self.layout, self.cost = config, layout, cost
+        self.config, self.layout, self.kv_fill, self.cost = config, layout, kv_fill, cost
         self.segments = len(layout.lengths)
         # The last token has a place among what is known, though it is never run.
         self.seats = Seats(config.max_num_seqs, self.segments, config.max_model_len + 1)
@@ -65,6 +65,10 @@ class Scheduler:
         self._outstanding: dict[int, Work] = {}
         self._context = 0.0
 
+    def renewed(self) -> Scheduler:
+        """A scheduler without requests, for the same model and settings; of what was learnt it keeps the costs."""
+        return Scheduler(self.config, self.layout, self.kv_fill, self.cost)
+
     @property
     def pool(self) -> SlotPool:
         """The K/V slots."""
@@ -79,9 +83,15 @@ class Scheduler:
         """Queue a request. Raises ValueError for one that could never fit."""
         self.admission.add(request, now)
 
-    def finish(self, request_id: str, reason: FinishReason) -> None:
-        """End a request and free all it holds; if it is in an outstanding pass, as soon as that is committed."""
-        self.admission.finish(request_id, reason)
+    def finish(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
+        """End a request and free all it holds; if it is in an outstanding pass, as soon as that is committed.
+
+        Args:
+            request_id: of a request that has not ended.
+            reason: why it ends.
+            error: what went wrong, for `FinishReason.ERROR`.
+        """
+        self.admission.finish(request_id, reason, error)
 
     # The next pass
 
@@ -187,12 +197,33 @@ class Scheduler:
         work, seats = self._outstanding[done.number], self.seats
         seats.idle[work.spans] = True
         if result.verdicts is None:
-            work.touched = seats.requests[work.spans].tolist()
-            for request in work.touched:
-                self.finish(request.request_id, request.abort_asked or FinishReason.ERROR)
-        else:
+            self._fail(work, seats.requests[work.spans].tolist(), f"{type(result.error).__name__}: {result.error}")
+        elif result.verdicts.finite.all():
             self._advance(done, work, result.verdicts, now)
+        else:
+            self._advance_finite(done, work, result.verdicts, now)
         work.touched += [each for each in self.admission.finish_aborted() if each not in work.touched]
+
+    def _fail(self, work: Work, requests: list[Request], error: str) -> None:
+        """End requests of a committed pass with an error, but for those that it ended or that were to be aborted."""
+        for request in requests:
+            if request.finish_reason is None:
+                reason = request.abort_asked or FinishReason.ERROR
+                self.finish(request.request_id, reason, error if reason is FinishReason.ERROR else None)
+        work.touched += [each for each in requests if each not in work.touched]
+
+    def _advance_finite(self, done: Pass, work: Work, verdicts: Verdicts, now: float) -> None:
+        """As `_advance`, of a pass some of whose logits are NaN or infinite: these requests end with an error."""
+        broken = dict.fromkeys(self.seats.requests[work.asked.seats[~verdicts.finite]].tolist())
+        work.asked = work.asked.kept(verdicts.finite)
+        self._advance(done, work, verdicts.kept(verdicts.finite), now)
+        layers = sum(self.layout.lengths[: work.last + 1])
+        self._fail(
+            work,
+            list(broken),
+            f"the logits after layer {layers} are NaN or infinite: the weights are broken, or the dtype can't hold "
+            "what the model computes (float16 often can't: try bfloat16 or float32)",
+        )
 
     def record(self, done: Pass) -> list[Request]:
         """Write what a committed pass decided into the requests. Returns those that got a token or ended."""
@@ -223,7 +254,7 @@ class Scheduler:
         self.placement.skip_ahead(work.spans)
         seats.since[work.spans[with_live_row]] = self.passes
         undecided = work.spans[with_live_row & (seats.settled[work.spans] == settled)]
-        if np.isfinite(seats.due[undecided]).any():
+        if segment + 1 < self.segments and np.isfinite(seats.due[undecided]).any():
             self._late_already(undecided, segment + 1, now)
         work.unwritten = decided
         self._emit(decided, written, work, now)

@@ -46,6 +46,7 @@ class Seats:
         threshold: of the first row that is not settled at each exit; NaN where it may not exit. (segments - 1, seats).
         decaying: whether later rows have other thresholds.
         scored: whether prompt rows are measured; patient: whether any of its rules counts agreeing exits.
+        measured: whether a prompt row of a scored request has been measured. (seats, room).
         fewest, most: output tokens before which no end comes, and with which the text ends anyway.
         ends: tokens that end the text.
         token: what stands at each position. (seats, room).
@@ -84,6 +85,7 @@ class Seats:
         self.depth: IntArray = np.empty((seats, room), dtype=np.int64)
         self.confidence: FloatArray = np.empty((segments - 1, seats, room))
         self.agreeing: IntArray = np.empty((2, seats, room), dtype=np.int64)
+        self.measured: BoolArray = np.empty((seats, room), dtype=np.bool_)
         self.having = dict.fromkeys(RARE, 0)
         self._empty = list(range(seats))
 
@@ -132,6 +134,9 @@ class Seats:
         self.patient[seat] = any(rule is not None and rule.criterion == "patience" for rule in rules)
         if self.patient[seat]:
             self.agreeing[1, seat, :end] = 0
+        if self.scored[seat]:
+            self.measured[seat, : len(request.prompt)] = False
+            self.measured[seat, list(request.prompt_records)] = True
         self._count(seat, 1)
         self.look_ahead(request)
         return seat

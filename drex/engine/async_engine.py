@@ -10,15 +10,14 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from drex.engine.engine import Engine
 from drex.engine.heap import settled_heap
-from drex.engine.metrics import PassRecord
-from drex.outputs import Chunk, CompletionOutput
+from drex.engine.samples import Emitted, ended_with_error
+from drex.engine.streams import EngineStoppedError, Event, Observer, Stream, Timing
 from drex.request import Request
 
 log = logging.getLogger(__name__)
@@ -27,91 +26,12 @@ KEPT_TIMES = 4096
 """Of each kind, that the engine's own percentiles are over; older ones are forgotten."""
 
 
-class EngineStoppedError(RuntimeError):
-    """The engine's thread has ended: it failed, or was stopped. Nothing is served any more."""
+LOOP_CHECK_SECONDS = 1.0
+"""How often the engine's thread looks, while it has nothing to do, whether its event loop has been closed."""
 
 
-class Event(NamedTuple):
-    """What a request got: what is new, and the whole sample once it is finished."""
-
-    request: Request
-    chunk: Chunk
-    whole: CompletionOutput | None
-
-
-@dataclass
-class Timing:
-    """When things happened to a request, in seconds of the executor's clock.
-
-    Attributes:
-        arrived: it came.
-        started: the first pass that it took part in began.
-        latest: the last token so far came.
-    """
-
-    arrived: float
-    started: float | None = None
-    latest: float | None = None
-
-
-class Observer(Protocol):
-    """Hears of everything, in the engine's thread between passes: it must be quick and must not raise."""
-
-    def passed(self, record: PassRecord) -> None:
-        """A pass was run."""
-
-    def emitted(self, event: Event, timing: Timing, now: float) -> None:
-        """A request got tokens or ended; `timing.latest` is of the tokens before these."""
-
-    def aborted(self, request: Request, timing: Timing) -> None:
-        """A request was aborted: nobody waits for it any more."""
-
-
-class Stream:
-    """What a group of requests gives, as it comes; made by `AsyncEngine.submit`. Close it to abort what is left.
-
-    Attributes:
-        requests: in the order in which they were given.
-    """
-
-    def __init__(self, engine: AsyncEngine, requests: Sequence[Request]) -> None:
-        self.requests = requests
-        self._engine = engine
-        self._left = {request.request_id for request in requests}
-        self._events: list[Event] = []
-        self._error: BaseException | None = None
-        self._news = asyncio.Event()
-
-    async def __aiter__(self) -> AsyncIterator[list[Event]]:
-        """Batches of events, each with all that has come since the one before; ends with the last request.
-
-        Raises:
-            EngineStoppedError: the engine ended first.
-        """
-        while self._left or self._events:
-            await self._news.wait()
-            self._news.clear()
-            events, self._events = self._events, []
-            if events:
-                yield events
-            if self._error is not None:
-                raise EngineStoppedError("the engine has stopped; the request was not finished") from self._error
-
-    def close(self) -> None:
-        """Abort the requests that have not ended; what they hold is free after the present pass."""
-        self._engine.drop(self, self._left)
-        self._left = set()
-
-    def push(self, events: list[Event]) -> None:
-        """Take in what came, in the event loop's thread."""
-        self._left.difference_update(event.request.request_id for event in events if event.whole is not None)
-        self._events.extend(events)
-        self._news.set()
-
-    def fail(self, error: BaseException) -> None:
-        """Nothing more will come."""
-        self._error = error
-        self._news.set()
+class _LoopClosedError(RuntimeError):
+    """The event loop was closed before `AsyncEngine.stop`: nobody is left to hear of anything."""
 
 
 class _Job(NamedTuple):
@@ -150,15 +70,23 @@ class AsyncEngine:
     # In the event loop's thread
 
     def start(self) -> None:
-        """Start the thread; called in the running event loop that the streams are for."""
+        """Start the thread; called in the running event loop that the streams are for.
+
+        Raises:
+            RuntimeError: the engine is in use.
+        """
+        if self._engine.reserved_by is not None or self._engine.busy:
+            raise RuntimeError("the engine is in use: wait for what it serves, or stop whoever serves from it")
         self._loop = asyncio.get_running_loop()
+        self._engine.reserved_by = "an AsyncEngine (as `drex serve` does)"
         self._engine.history = []
         self._thread.start()
 
     async def stop(self) -> None:
         """End the thread after its present pass; streams that are open fail."""
         self._inbox.put(None)
-        await self.stopped.wait()
+        if not self._loop.is_closed():
+            await self.stopped.wait()
         self._thread.join()
 
     def submit(self, requests: Sequence[Request]) -> Stream:
@@ -168,7 +96,7 @@ class AsyncEngine:
             EngineStoppedError: it serves no more.
         """
         self._check_alive()
-        stream = Stream(self, requests)
+        stream = Stream(requests, self.drop)
         self._streams.add(stream)
         self.unfinished += len(requests)
         self._inbox.put(partial(self._add, stream, self._engine.executor.now()))
@@ -200,6 +128,11 @@ class AsyncEngine:
     def _check_alive(self) -> None:
         if self.stopped.is_set():
             raise EngineStoppedError("the engine has stopped: start the server again")
+        if self._loop.is_closed():
+            raise EngineStoppedError(
+                "the event loop that this AsyncEngine was started in has been closed: make a new one in the present "
+                "loop, and call stop() before a loop ends"
+            )
 
     def _deliver(self, news: dict[Stream, list[Event]]) -> None:
         for stream, events in news.items():
@@ -227,19 +160,43 @@ class AsyncEngine:
             with settled_heap():
                 while self._obey():
                     self._step()
-            self._abort(frozenset(self._jobs))
+        except _LoopClosedError as error:
+            log.error("the event loop was closed before AsyncEngine.stop(): what was open is aborted")
+            failure = error
         except BaseException as error:
             log.critical("the engine failed: all that is open ends with an error", exc_info=True)
             failure = error
-        self._loop.call_soon_threadsafe(self._ended, failure)
+        try:
+            if not self._engine.torn:
+                self._abort(frozenset(self._jobs))
+            self._engine.reserved_by = None
+            self._tell(self._ended, failure)
+        except _LoopClosedError:
+            pass
+
+    def _tell(self, callback: Callable[..., None], *args: object) -> None:
+        """Call a function in the event loop's thread, soon.
+
+        Raises:
+            _LoopClosedError: there is no event loop any more.
+        """
+        try:
+            self._loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError as error:
+            raise _LoopClosedError from error
 
     def _obey(self) -> bool:
         """Run what is in the inbox, and wait there while idle; False when told to stop."""
         while True:
+            idle = not self._engine.busy
             try:
-                command = self._inbox.get(block=not self._engine.busy)
+                command = self._inbox.get(block=idle, timeout=LOOP_CHECK_SECONDS)
             except queue.Empty:
-                return True
+                if not idle:
+                    return True
+                if self._loop.is_closed():
+                    raise _LoopClosedError from None
+                continue
             if command is None:
                 return False
             command()
@@ -248,7 +205,14 @@ class AsyncEngine:
         for request in stream.requests:
             timing = self._unstarted[request.request_id] = Timing(arrived)
             self._jobs[request.request_id] = _Job(request, stream, timing)
-            self._engine.add(request, arrived)
+            try:
+                self._engine.add(request, arrived)
+            except Exception as error:
+                if self._engine.torn:
+                    raise
+                log.exception("request %s can't be served", request.request_id)
+                self._unstarted.pop(request.request_id)
+                self._emit([ended_with_error(request, f"{type(error).__name__}: {error}")], self._engine.executor.now())
 
     def _abort(self, request_ids: frozenset[str]) -> None:
         for request_id in request_ids:
@@ -263,7 +227,7 @@ class AsyncEngine:
             found, error = question(self._engine), None
         except Exception as caught:  # whoever asked hears of it; the engine goes on
             found, error = None, caught
-        self._loop.call_soon_threadsafe(_settle, answer, found, error)
+        self._tell(_settle, answer, found, error)
 
     def _step(self) -> None:
         """One pass, and what it brought."""
@@ -272,24 +236,29 @@ class AsyncEngine:
         emitted = engine.step()
         now = engine.executor.now()
         self._note_started(began)
+        for request_id, _, whole in emitted:
+            if whole is not None and self._unstarted.pop(request_id, None) is not None:
+                self._jobs[request_id].timing.started = began
+        self._emit(emitted, now)
+        assert engine.history is not None
+        for record in engine.history:
+            observer.passed(record)
+        engine.history.clear()
+        engine.metrics.trim(KEPT_TIMES)
+
+    def _emit(self, emitted: Sequence[Emitted], now: float) -> None:
+        """Give the streams what came for them."""
         news: dict[Stream, list[Event]] = {}
         for request_id, chunk, whole in emitted:
             job = self._jobs[request_id]
             event = Event(job.request, chunk, whole)
             if whole is not None:
                 del self._jobs[request_id]
-                if self._unstarted.pop(request_id, None) is not None:
-                    job.timing.started = began
-            observer.emitted(event, job.timing, now)
+            self._observer.emitted(event, job.timing, now)
             job.timing.latest = now
             news.setdefault(job.stream, []).append(event)
         if news:
-            self._loop.call_soon_threadsafe(self._deliver, news)
-        assert engine.history is not None
-        for record in engine.history:
-            observer.passed(record)
-        engine.history.clear()
-        engine.metrics.trim(KEPT_TIMES)
+            self._tell(self._deliver, news)
 
     def _note_started(self, began: float) -> None:
         if self._unstarted:

@@ -1,29 +1,47 @@
-"""Text as tokens come: characters are never split, and what may become a stop string is held back."""
+"""Text as tokens come: characters are never split, and what may become a stop string is held back.
+
+Tokens become text in a window: a few tokens whose text is known (the context, which some decoders need to tell whether
+a space belongs before the next word) and the tokens whose text is not (the pending ones). The text of the pending
+tokens is what the window's text has beyond the context's. The window moves on when that text ends with a whole
+character.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
+
+from drex.engine.stop_strings import StopStringMatcher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTEXT_TOKENS = 6
+"""Tokens of the prompt that are context for the first token's text."""
+CHARACTER_TOKENS = 4
+"""Tokens that one character has at most: UTF-8 takes up to 4 bytes."""
+PENDING_TOKENS = 16
+"""Tokens that may wait for a whole character. Well-formed text keeps far below; bytes that are no text reach it, and
+become replacement characters then."""
+REPLACEMENT = "\ufffd"
+"""What decoders write in place of bytes that are no character (yet)."""
 
 
 class Detokenizer:
     """The growing text of one request.
 
-    Attributes:
-        text: all of it so far, cut at a stop string.
-        stopped_at: the stop string that was found, or None.
-
     Args:
-        tokenizer: a fast one, or None: then all text is empty.
-        prompt: token ids before the text: some tokenisers drop a leading space where nothing comes before it.
+        tokenizer: None leaves all text empty.
+        prompt: token ids before the text. Bytes at their end may complete a character, which then belongs to the text;
+            nothing else of the prompt does.
         stop: stop strings.
         skip_special: leave special tokens out of the text.
         include_stop: keep the stop string in the text.
+
+    Attributes:
+        text: all of it so far, cut at a stop string.
+        stopped_at: the stop string that was found, or None.
     """
 
     def __init__(
@@ -36,71 +54,98 @@ class Detokenizer:
     ) -> None:
         self.text = ""
         self.stopped_at: str | None = None
-        self._stop, self._include_stop, self._skip_special = stop, include_stop, skip_special
-        self._tokenizer = tokenizer
-        self._backend: Any = None if tokenizer is None else tokenizer.backend_tokenizer
-        self._prefix = list(prompt[-CONTEXT_TOKENS:])
-        self._stream = None if tokenizer is None else _stream(self._prefix, skip_special)
-        self._ids: list[int] = []
+        self._include_stop, self._skip_special = include_stop, skip_special
+        self._matcher = StopStringMatcher(stop)
         self._shown = 0
+        # The Rust tokenizer decodes in a tenth of the time that its wrapper takes.
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        self._context, self._pending = self._split_prompt(prompt)
+        self._context_text = self._decode(self._context)
+        # The prompt's share of the pending text.
+        self._prompt_text = self._pending_text() if self._pending else ""
 
     def push(self, token_id: int, may_stop: bool = True) -> str:
-        """Add a token; returns the text it completes, which is empty inside a character.
+        """Add a token; returns the text that it completes, which is empty inside a character.
 
-        Without `may_stop` (min_tokens is not reached) a stop string that it completes does not count.
+        Args:
+            token_id: the next token.
+            may_stop: False lets a stop string pass that this token completes (`min_tokens` is not reached).
         """
-        if self._stream is None:
+        if self._backend is None:
             return ""
-        self._ids.append(token_id)
-        piece: str = self._stream.step(self._backend, token_id) or ""
+        self._pending.append(token_id)
+        piece = self._take(finished=False)
         self._append(piece, may_stop)
         return piece
 
     def finish(self) -> str:
-        """No more tokens: returns what an unfinished character leaves (replacement characters)."""
-        if self._tokenizer is None or self.stopped_at is not None:
+        """No more tokens will come: returns what an unfinished character leaves (replacement characters)."""
+        if self._backend is None or self.stopped_at is not None or not self._pending:
             return ""
-        before = self._decode(self._prefix)
-        whole = self._decode(self._prefix + self._ids)
-        rest = whole[len(before) + len(self.text) :] if whole.startswith(before + self.text) else ""
+        rest = self._take(finished=True)
         self._append(rest, may_stop=False)
         return rest
 
-    def _decode(self, ids: list[int]) -> str:
-        assert self._tokenizer is not None
-        text = self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)
-        assert isinstance(text, str)
-        return text
-
     def show(self, finished: bool) -> str:
         """Text not shown before and safe to show: without a tail that could still become a stop string."""
-        if self._stream is None:
-            return ""
-        end = len(self.text)
-        if self._stop and not finished:
-            end -= max(self._overlap(stop) for stop in self._stop)
+        end = len(self.text) - (0 if finished else self._matcher.undecided)
         new = self.text[self._shown : end]
         self._shown = max(self._shown, end)
         return new
 
+    def _take(self, finished: bool) -> str:
+        """The pending tokens' text, if it ends with a whole character or no more is to be waited for."""
+        new = self._pending_text()
+        if new.endswith(REPLACEMENT) and len(self._pending) < PENDING_TOKENS and not finished:
+            return ""
+        if not new and len(self._pending) == 1:
+            # A token without text (a special one, or beyond the tokenizer's ids) says nothing to what follows either.
+            self._pending.clear()
+            return ""
+        if not new.endswith(REPLACEMENT):
+            # Bytes that are no text would spoil what follows: some decoders take a run of bytes as a whole.
+            self._context, self._context_text = self._pending, self._decode(self._pending)
+        self._pending = []
+        known, self._prompt_text = self._prompt_text, ""
+        return new[_common_start(new, known) :]
+
+    def _pending_text(self) -> str:
+        """Text of the pending tokens, those of the prompt included, behind the context."""
+        whole = self._decode(self._context + self._pending)
+        if whole.startswith(self._context_text):
+            return whole[len(self._context_text) :]
+        # The decoder reads the context anew, now that bytes follow: what was said of it stands, and these begin anew.
+        return self._decode(self._pending)
+
+    def _split_prompt(self, prompt: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The prompt's last tokens, as context and the tokens whose bytes may belong to a character of the text."""
+        if self._backend is None or not prompt:
+            return [], []
+        tail = list(prompt[-CONTEXT_TOKENS:])
+        for pending in range(min(CHARACTER_TOKENS, len(tail))):
+            end = len(tail) - pending
+            for start in range(max(end, 1)):
+                if REPLACEMENT not in self._decode(tail[start:end]):
+                    return tail[start:end], tail[end:]
+        # A prompt that ends in replacement characters, or in bytes that are none. Where several bytes become one
+        # character, the run of bytes that some decoders take as a whole begins with a character's first byte.
+        tail = list(prompt[-PENDING_TOKENS + CHARACTER_TOKENS :])
+        spans = [(start, len(tail) - open_) for open_ in range(CHARACTER_TOKENS) for start in range(len(tail) - open_)]
+        start, _ = max(spans, key=lambda span: span[1] - span[0] - len(self._decode(tail[slice(*span)])))
+        return [], tail[start:]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._backend.decode(ids, skip_special_tokens=self._skip_special)) if ids else ""
+
     def _append(self, piece: str, may_stop: bool) -> None:
         before = len(self.text)
         self.text += piece
-        if not may_stop:
-            return
-        found = [(self.text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._stop]
-        found = [(at, stop) for at, stop in found if at >= 0]
-        if found:
-            at, stop = min(found)
-            self.stopped_at = stop
-            self.text = self.text[: at + len(stop)] if self._include_stop else self.text[:at]
-
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the text that a stop string starts with."""
-        return next((n for n in range(min(len(stop) - 1, len(self.text)), 0, -1) if self.text.endswith(stop[:n])), 0)
+        found = self._matcher.feed(piece, may_stop)
+        if found is not None:
+            end, self.stopped_at = found
+            self.text = self.text[: before + end - (0 if self._include_stop else len(self.stopped_at))]
 
 
-def _stream(prefix: list[int], skip_special: bool) -> Any:
-    from tokenizers.decoders import DecodeStream  # the simulator has no text, and runs without tokenizers
-
-    return DecodeStream(ids=prefix, skip_special_tokens=skip_special)
+def _common_start(first: str, second: str) -> int:
+    """Length of the longest start that two texts share."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from drex.engine.engine import Emitted, Engine
+from drex.engine.engine import Engine
 from drex.engine.heap import settled_heap
+from drex.engine.samples import Emitted
 from drex.request import Request
 
 

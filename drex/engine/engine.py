@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,29 +12,17 @@ from drex.control.cost import Load
 from drex.control.plan import Pass, PassResult
 from drex.control.policies import View
 from drex.control.scheduler import Scheduler
-from drex.control.standing import Standing
-from drex.engine.detokenizer import Detokenizer
 from drex.engine.executor import Executor
 from drex.engine.metrics import Metrics, PassRecord
-from drex.outputs import Chunk, CompletionOutput, TokenOutput
+from drex.engine.report import engine_report
+from drex.engine.samples import Emitted, Sample, token_output
+from drex.outputs import TokenOutput
 from drex.request import FinishReason, Request, TokenRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-Emitted = tuple[str, Chunk, CompletionOutput | None]
-"""Request id, what is new, and the whole sample once it is finished."""
-
-
-@dataclass
-class _Sample:
-    """A request on its way out: which of its records became text."""
-
-    request: Request
-    detokenizer: Detokenizer
-    tokens: list[TokenOutput] = field(default_factory=list)
-    last_at: float = 0.0
 
 
 class _UnderWay(NamedTuple):
@@ -72,6 +61,11 @@ class Engine:
     Attributes:
         metrics: of requests that ended; may be replaced by fresh ones at any time.
         history: of passes, where it is a list: set one to have them recorded.
+        torn: whether a call is under way, or was interrupted where what is known of the requests may contradict itself:
+            only `reset` helps then.
+        reserved_by: who alone may use the engine; None: whoever holds it.
+        checks_integrity: whether slots, arena rows and requests are checked against each other whenever the engine
+            falls idle. The environment variable DREX_CHECK_INTEGRITY turns it on, for tests and long runs.
     """
 
     def __init__(
@@ -81,9 +75,12 @@ class Engine:
         self.stats = EngineStats()
         self.metrics = Metrics()
         self.history: list[PassRecord] | None = None
+        self.torn = False
+        self.reserved_by: str | None = None
+        self.checks_integrity = bool(os.environ.get("DREX_CHECK_INTEGRITY"))
         self._said = False
         self._under_way: _UnderWay | None = None
-        self._samples: dict[str, _Sample] = {}
+        self._samples: dict[str, Sample] = {}
         self._layers = list(accumulate(scheduler.layout.lengths))
 
     def add(self, request: Request, arrived: float | None = None) -> None:
@@ -92,25 +89,46 @@ class Engine:
         Raises:
             ValueError: it could never be served.
         """
-        params = request.params
+        self.scheduler.admission.check_fits(request)
+        sample = Sample(request, self.tokenizer, self._layers)
+        self.torn = True
         self.scheduler.add(request, self.executor.now() if arrived is None else arrived)
-        self._samples[request.request_id] = _Sample(
-            request,
-            Detokenizer(
-                self.tokenizer,
-                request.prompt,
-                params.stop_strings,
-                params.skip_special_tokens,
-                params.include_stop_str_in_output,
-            ),
-        )
+        self._samples[request.request_id] = sample
+        self.torn = False
 
     def abort(self, request_id: str) -> None:
         """End a request; what it holds is free again at once. Unknown ids are ignored: it may just have ended."""
         if request_id in self._samples:
+            self.torn = True
             self.scheduler.finish(request_id, FinishReason.ABORT)
             request = self._samples.pop(request_id).request
             self.metrics.ended(request, FinishReason.ABORT, self.executor.now())
+            self.torn = False
+
+    def reset(self, error: str) -> list[Emitted]:
+        """End all requests with an error and begin anew: what was torn is left behind.
+
+        The model, its K/V memory, the metrics and the cost model stay. Returns the end of each request.
+        """
+        self.torn = True
+        self.executor.abandon()
+        self._under_way = None
+        self.scheduler = self.scheduler.renewed()
+        samples, self._samples = list(self._samples.values()), {}
+        now, out = self.executor.now(), []
+        for sample in samples:
+            self.metrics.ended(sample.request, FinishReason.ERROR, now)
+            out.append(sample.end_with_error(error))
+        self.torn = False
+        return out
+
+    def knows(self, request_id: str) -> bool:
+        """Whether a request was added and has not ended."""
+        return request_id in self._samples
+
+    def request_ids(self) -> list[str]:
+        """The requests that have not ended."""
+        return list(self._samples)
 
     @property
     def unfinished(self) -> int:
@@ -127,7 +145,18 @@ class Engine:
 
         Where passes run beside this thread the next one is started as soon as this one has been taken in, and runs
         while records and text are made of what this one brought.
+
+        An interruption of a pass that runs loses that pass and its requests; the others go on. One between passes
+        leaves the engine `torn`.
         """
+        self.torn = True
+        out = self._step()
+        if self.checks_integrity and not self.busy:
+            self.scheduler.check_integrity()
+        self.torn = False
+        return out
+
+    def _step(self) -> list[Emitted]:
         executor, scheduler = self.executor, self.scheduler
         current = self._under_way or self._start()
         if current is None:
@@ -137,6 +166,7 @@ class Engine:
             result = executor.collect()
         except BaseException as error:
             self._lose(current.batch, error)
+            self.torn = False
             raise
         executed = executor.now()
         scheduler.commit(current.batch, result, executed)
@@ -144,11 +174,13 @@ class Engine:
             if executor.asynchronous:
                 self._under_way = self._start()
         except BaseException:
+            torn, self.torn = self.torn, True
             self._forget(current.batch)
+            self.torn = torn
             raise
         touched = scheduler.record(current.batch)
         # A request that a stop string has ended may have been in a pass that was under way then.
-        out = [self._emit(each, result.error, executed) for each in touched if each.request_id in self._samples]
+        out = [self._emit(each, executed) for each in touched if each.request_id in self._samples]
         ended = executor.now()
         seconds = (executed if executor.asynchronous else ended) - current.started
         if self.history is not None:
@@ -175,6 +207,7 @@ class Engine:
             self.executor.submit(batch)
         except BaseException as error:
             self._lose(batch, error)
+            self.torn = False
             raise
         return under_way
 
@@ -185,6 +218,7 @@ class Engine:
 
     def _lose(self, batch: Pass, error: BaseException) -> None:
         """An interruption: the pass is lost, and so are its requests."""
+        self.executor.abandon()
         lost = PassResult(None, RuntimeError(f"interrupted: {error!r}"))
         self.scheduler.commit(batch, lost, self.executor.now())
         self._forget(batch)
@@ -214,31 +248,7 @@ class Engine:
         for the present load or the nearest one that was solved, None until then. With lossless requests `full` is that
         of the present load, and the others are not kept up to date: nothing is decided by them.
         """
-        scheduler, metrics = self.scheduler, self.metrics
-        rule, found = scheduler.policy.rule, scheduler.policy.rule.outlook.yardstick
-        waiting = Standing.of(scheduler.seats).buffers[1:]
-        return {
-            **metrics.summary(),
-            "running": len(scheduler.seats),
-            "waiting": len(scheduler.admission.waiting),
-            "buffered": [len(buffer) for buffer in waiting],
-            "achieved": rule.achieved,
-            "theta_star": found.optimal if found else None,
-            "ideal": found.ideal if found else None,
-            "full": rule.full,
-            "exit_rates": rule.rates.all(),
-            "exits": {self._layers[depth - 1]: count for depth, count in sorted(metrics.exits.items())},
-            "involuntary_exits": metrics.involuntary_exits,
-            "involuntary_stays": metrics.involuntary_stays,
-            "unchecked": scheduler.unchecked,
-            "run_ahead": scheduler.drafts.report(),
-            "late": scheduler.deadlines.late,
-            "infeasible": scheduler.deadlines.infeasible,
-            "preemptions": scheduler.admission.preemptions,
-            "cost_error": scheduler.cost.error_quantiles(),
-            "slots_in_use": scheduler.pool.in_use,
-            "slots": scheduler.pool.capacity,
-        }
+        return engine_report(self.scheduler, self.metrics, self._layers)
 
     def _record(self, done: _UnderWay, seconds: float) -> PassRecord:
         batch, view, work = done.batch, done.view, self.scheduler.work(done.batch)
@@ -258,58 +268,24 @@ class Engine:
             seconds,
         )
 
-    def _emit(self, request: Request, error: Exception | None, now: float) -> Emitted:
+    def _emit(self, request: Request, now: float) -> Emitted:
+        """What a pass brought to a request, which ends if no text can be made of it."""
         sample = self._samples[request.request_id]
         if sample.tokens and len(request.records) > len(sample.tokens):
             self.metrics.gap(request, now - sample.last_at)
         sample.last_at = now
-        fresh = []
-        for number, record in enumerate(request.records[len(sample.tokens) :], len(sample.tokens) + 1):
-            may_stop = number >= request.params.min_tokens
-            fresh.append(self.token_output(record, sample.detokenizer.push(record.token_id, may_stop)))
-            if sample.detokenizer.stopped_at is not None:
-                # Under run-ahead several tokens come at once: what comes behind a stop string doesn't count.
-                del request.records[number:], request.tokens[len(request.prompt) + number :]
-                break
-        self.stats.tokens += len(fresh)
-        reason = request.finish_reason
-        if sample.detokenizer.stopped_at is not None:
-            request.stop_reason = sample.detokenizer.stopped_at
-            if reason is None:
-                self.scheduler.finish(request.request_id, FinishReason.STOP)
-            reason = FinishReason.STOP
-        if reason is not None:
-            rest = sample.detokenizer.finish()
-            if rest and fresh:
-                fresh[-1] = fresh[-1]._replace(text=fresh[-1].text + rest)
-        sample.tokens.extend(fresh)
-        said = None if error is None else f"{type(error).__name__}: {error}"
-        chunk = Chunk(request.sample, sample.detokenizer.show(reason is not None), tuple(fresh), reason, said)
-        if reason is None:
+        before = len(sample.tokens)
+        chunk = sample.take_records()
+        self.stats.tokens += len(sample.tokens) - before
+        if chunk.finish_reason is None:
             return request.request_id, chunk, None
+        reason = FinishReason(chunk.finish_reason)
+        if request.finish_reason is None:
+            # A stop string, or text that could not be made: the scheduler doesn't know yet.
+            self.scheduler.finish(request.request_id, reason, request.error)
         del self._samples[request.request_id]
         self.metrics.ended(request, reason, now)
-        done = CompletionOutput(
-            index=request.sample,
-            text=sample.detokenizer.text,
-            tokens=tuple(sample.tokens),
-            finish_reason=reason,
-            stop_reason=request.stop_reason,
-            error=said,
-        )
-        return request.request_id, chunk, done
-
-    def token_output(self, record: TokenRecord, text: str) -> TokenOutput:
-        """A record in the user's terms: layers instead of segments."""
-        return TokenOutput(
-            id=record.token_id,
-            text=text,
-            logprob=record.logprob,
-            exit_layer=self._layers[record.depth - 1],
-            confidence=record.confidence,
-            checks=record.checks,
-            top_logprobs=record.top,
-        )
+        return request.request_id, chunk, sample.whole(reason)
 
     def prompt_tokens(self, request: Request) -> tuple[TokenOutput, ...]:
         """The scored prompt tokens of a finished request: all but the first, which nothing predicts."""
@@ -317,3 +293,7 @@ class Engine:
         tokenizer = self.tokenizer
         texts = ["" if tokenizer is None else str(tokenizer.decode([record.token_id])) for record in records]
         return tuple(self.token_output(record, text) for record, text in zip(records, texts, strict=True))
+
+    def token_output(self, record: TokenRecord, text: str) -> TokenOutput:
+        """A record in the user's terms: layers instead of segments."""
+        return token_output(record, text, self._layers)

@@ -27,3 +27,6 @@ class Executor(Protocol):
 
     def collect(self) -> PassResult:
         """Wait for the oldest pass that was submitted and not yet collected."""
+
+    def abandon(self) -> None:
+        """Forget the passes that were submitted and not yet collected; nothing runs any more when this returns."""

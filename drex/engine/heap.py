@@ -16,9 +16,9 @@ def settled_heap() -> Iterator[None]:
     left alone.
     """
     ours = not gc.get_freeze_count()
-    if ours:
-        gc.freeze()
     try:
+        if ours:
+            gc.freeze()
         yield
     finally:
         if ours:

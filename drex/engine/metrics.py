@@ -55,7 +55,9 @@ class Metrics:
     Attributes:
         finished: by reason.
         exits: tokens by segments executed.
-        involuntary_exits, involuntary_stays: counted from the recorded confidences.
+        involuntary_exits: tokens emitted at an exit point that their request's rule did not allow, or whose recorded
+            confidence is below the rule's threshold.
+        involuntary_stays: tokens emitted deeper than an exit point at which their confidence reached the threshold.
         checks, reached: by exit point: rows asked, and those whose confidence reached the threshold.
         exited_confidences: of tokens that left early.
         good: requests that met all their targets; `promised` had any.
@@ -109,21 +111,19 @@ class Metrics:
 
     def _count_exits(self, request: Request) -> None:
         self.tokens += len(request.records)
-        for record in request.records:
+        for number, record in enumerate(request.records):
             self.exits[record.depth] += 1
-            passed, early = record.checks, record.depth < request.num_segments
-            for check in passed:
+            for check in record.checks:
                 self.checks[check.exit_index] += 1
                 self.reached[check.exit_index] += check.confidence >= check.threshold
-            if early and passed:
-                last = passed[-1]
-                passed = passed[:-1]
-                self.exited_confidences.append(last.confidence)
-                self.involuntary_exits += last.confidence < last.threshold
-            for check in passed:
-                if check.confidence >= check.threshold:
-                    self.involuntary_stays += 1
-                    break
+            passed = record.checks
+            if record.depth < request.num_segments:
+                at_exit = [check for check in passed if check.exit_index == record.depth - 1]
+                passed = tuple(check for check in passed if check.exit_index < record.depth - 1)
+                self.exited_confidences.extend(check.confidence for check in at_exit)
+                confidence = at_exit[0].confidence if at_exit else -math.inf
+                self.involuntary_exits += not request.may_exit(record.depth - 1, number, confidence)
+            self.involuntary_stays += any(check.confidence >= check.threshold for check in passed)
 
     def times(self, kind: str) -> Sequence[float]:
         """All of `ttft`, `tpot`, `itl` or `rct`, in seconds."""

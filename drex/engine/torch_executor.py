@@ -44,3 +44,7 @@ class TorchExecutor:
         except Exception as error:
             log.exception("pass %d over segment %d failed", batch.number, batch.segment)
             return PassResult(None, error)
+
+    def abandon(self) -> None:
+        self._started.clear()
+        self.runner.synchronize()

@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from drex import __version__
-from drex.engine.async_engine import EngineStoppedError, Event, Stream
+from drex.engine.streams import EngineStoppedError, Event, Stream
 from drex.outputs import TokenOutput
 from drex.server.errors import ApiError
 from drex.server.replies import FinishReason, TokenExit

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from drex.engine.async_engine import Event
+from drex.engine.streams import Event
 from drex.outputs import TokenOutput
 from drex.request import Request as EngineRequest
 from drex.server.answer import Answer, finish_reason

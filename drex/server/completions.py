@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fastapi import APIRouter, Request, Response
 
-from drex.engine.async_engine import Event, Stream
+from drex.engine.streams import Event, Stream
 from drex.intake import Prompt
 from drex.outputs import TokenOutput
 from drex.request import Request as EngineRequest

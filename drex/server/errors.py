@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from drex.engine.async_engine import EngineStoppedError
+from drex.engine.streams import EngineStoppedError
 from drex.server.replies import ErrorReply
 from drex.server.schema import FORMS, UNSUPPORTED, EarlyExitOptions
 from drex.server.streaming import encode

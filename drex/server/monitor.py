@@ -11,7 +11,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from drex import __version__
-from drex.engine.async_engine import EngineStoppedError
+from drex.engine.streams import EngineStoppedError
 from drex.server.errors import ApiError, documented
 from drex.server.replies import ErrorReply, ExitPoints, Live, ModelCard, ModelList, Version
 from drex.server.serving import RETRY_AFTER, Serving

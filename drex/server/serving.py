@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from drex.engine.async_engine import AsyncEngine, Stream
+from drex.engine.async_engine import AsyncEngine
+from drex.engine.streams import Stream
 from drex.intake import check_unicode
 from drex.llm import LLM
 from drex.request import Request

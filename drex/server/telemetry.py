@@ -13,8 +13,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from drex.engine.async_engine import Event, Timing
 from drex.engine.metrics import PassRecord
+from drex.engine.streams import Event, Timing
 from drex.request import Request
 from drex.server.replies import LivePass, SegmentWork
 

@@ -94,7 +94,8 @@ def verdicts(said: Said | None, asked: Evaluations) -> Verdicts:
         said = Said(np.ones(count), np.ones(count, dtype=np.bool_))
     tokens = np.where(said.right, TOKEN, WRONG)
     exited = said.confidences >= asked.thresholds
-    return Verdicts(tokens, np.zeros(count), said.confidences, exited, np.stack((tokens, np.ones_like(tokens))), {})
+    agreeing, finite = np.stack((tokens, np.ones_like(tokens))), np.ones(count, dtype=np.bool_)
+    return Verdicts(tokens, np.zeros(count), said.confidences, exited, agreeing, {}, finite)
 
 
 class VirtualExecutor:
@@ -128,6 +129,9 @@ class VirtualExecutor:
         said = None if final else self._exits(last.segment, last.evaluations)
         return PassResult(verdicts(said, last.evaluations))
 
+    def abandon(self) -> None:
+        self._submitted.clear()
+
 
 class Recorder:
     """Passes everything on to an executor, and notes what it said: times, in the order asked, and results.
@@ -156,6 +160,9 @@ class Recorder:
         self.results.append(self.inner.collect())
         return self.results[-1]
 
+    def abandon(self) -> None:
+        self.inner.abandon()
+
 
 class Replay:
     """Says again what a recorder noted: an engine that is given the same requests makes the same passes.
@@ -179,3 +186,6 @@ class Replay:
 
     def collect(self) -> PassResult:
         return self._results.popleft()
+
+    def abandon(self) -> None:
+        """Nothing runs."""

@@ -53,6 +53,9 @@ class _Timed:
             self.batch = None
         return result
 
+    def abandon(self) -> None:
+        self.inner.abandon()
+
 
 def measure_own_cost(runner: SegmentRunner, config: EngineConfig, exits: ExitPlan, profile: Profile) -> OwnCost:
     """Serve a few short requests. Where passes run beside the engine its time is hidden: nothing is measured there.

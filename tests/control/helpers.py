@@ -90,7 +90,7 @@ def made_up(asked: Evaluations, confidences: np.ndarray, exits: np.ndarray) -> V
     """Verdicts with these confidences and exits; every token is 5."""
     fives = np.full(len(asked), 5)
     agreeing = np.stack((fives, np.ones_like(fives)))
-    return Verdicts(fives, np.full(len(asked), -1.0), confidences, exits, agreeing, {})
+    return Verdicts(fives, np.full(len(asked), -1.0), confidences, exits, agreeing, {}, np.ones(len(asked), dtype=bool))
 
 
 def names(batch: Pass, scheduler: Scheduler) -> list[str]:

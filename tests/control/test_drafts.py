@@ -59,7 +59,7 @@ class Speaker(Machine):
         exits = sure >= asked.thresholds
         said = made_up(asked, sure, exits)
         tokens = np.array([self.token(*each, segment, self.segments) for each in where], dtype=np.int64)
-        return PassResult(said.__class__(tokens, said.logprobs, sure, exits, said.agreeing, {}))
+        return PassResult(said.__class__(tokens, said.logprobs, sure, exits, said.agreeing, {}, said.finite))
 
     def expected(self, each: Request, lossless: bool) -> list[int]:
         """What the request's tokens are to be, by the plain definition of early exit, or of full depth."""
