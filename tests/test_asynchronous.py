@@ -20,9 +20,8 @@ PARAMS = [
 
 
 def engine(folder, *, asynchronous, run_ahead="trusted", **settings):
-    exits = EarlyExit(layers=[2, 4], thresholds=0.4)
-    llm = LLM(folder, early_exit=exits, dtype="float64", run_ahead=run_ahead, profile="nominal", max_num_seqs=4,
-              **settings)  # fmt: skip
+    settings = {"early_exit": EarlyExit(layers=[2, 4], thresholds=0.4), "max_num_seqs": 4, **settings}
+    llm = LLM(folder, dtype="float64", run_ahead=run_ahead, profile="nominal", **settings)
     llm.engine.executor.asynchronous = asynchronous
     return llm
 
@@ -128,3 +127,24 @@ def test_an_interruption_while_the_next_pass_is_started_leaves_an_engine_that_se
     assert drained(llm)
     assert not llm.engine.scheduler._outstanding
     assert told(llm.generate(PROMPTS, PARAMS)) == expected
+
+
+@pytest.mark.parametrize("run_ahead", ["off", "trusted", "lossless"])
+@pytest.mark.parametrize("fill", ["recompute", "project", "alias", "mask"])
+def test_scored_texts_exit_where_they_do_in_an_engine_that_waits(models, fill, run_ahead):
+    """And where the lossless mode lets no generated token exit, a scored text exits all the same."""
+    if run_ahead == "lossless" and fill != "recompute":
+        pytest.skip("lossless needs recompute")
+    texts = [[5, 9, 11, 40, 3, 8, 60, 61, 2, 9], [40, 3, 7, 7, 7, 23, 5, 1, 5]]
+    exits = EarlyExit(layers=[2, 4], thresholds=0.4, kv_fill=fill)
+    scored = []
+    for asynchronous, mode in ((False, "off"), (True, run_ahead)):
+        llm = engine(models["llama"], asynchronous=asynchronous, early_exit=exits, run_ahead=mode,
+                     max_num_batched_tokens=4)  # fmt: skip
+        scored.append(llm.score(texts, early_exit=EarlyExit()))
+        assert drained(llm)
+    assert {2, 6} <= {layer for waiting in scored[0] for layer in waiting.exit_layers}
+    for waiting, overlapping in zip(*scored, strict=True):
+        assert overlapping.exit_layers == waiting.exit_layers
+        assert overlapping.logprobs == pytest.approx(waiting.logprobs, abs=1e-9)
+        assert overlapping.best == waiting.best

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,9 @@ from drex.config import ExitRule
 from drex.control.hashing import GOLDEN, MIX, mix, uniform
 from drex.control.plan import Draws, Evaluations, Verdicts
 from drex.engine.detokenizer import Detokenizer
+from drex.engine.metrics import Metrics
 from drex.llm import LLM
+from drex.request import Request
 
 CPU = torch.device("cpu")
 PROMPT = [11, 7, 23, 7, 60, 3]
@@ -167,6 +170,43 @@ def test_penalties_by_hand(settings, logits, expected):
             params = SamplingParams(temperature=0, logit_bias={**bias, token: bias.get(token, 0.0) + extra}, **settings)
             [drawn] = tokens([logits], [evaluation(params, history, prompt_length=2)])
             assert (drawn == token) == wins
+
+
+@pytest.mark.parametrize("penalty", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
+def test_penalties_do_not_see_what_stands_behind_the_row(penalty):
+    """Under run-ahead a request has tentative tokens beyond the row that a head is asked about."""
+    logits = [1.0, 1.2, 3.0, 2.9]
+    params = SamplingParams(temperature=0, **{penalty: 2.0})
+    draws = Draws("", ExitRule("max_prob", ()), params, 0, 0, [0, 1, 2, 2], 1)
+    assert tokens([logits], [Asked(1, draws, ())]) == [2]
+    # The last row has said both, and the penalty is on its most likely token then.
+    assert tokens([logits], [Asked(3, draws, ())]) == [3]
+
+
+@pytest.mark.parametrize("criterion", ["max_prob", "margin", "entropy", "state"])
+def test_a_confidence_that_just_reaches_its_threshold_exits(criterion):
+    def judged(threshold):
+        draws = Draws("", ExitRule(criterion, (threshold,)), SamplingParams(temperature=0), 0, 0, [0, 1], 1)
+        none = np.zeros((2, 1), dtype=np.int64)
+        asked = Evaluations(np.zeros(1, int), np.ones(1, int), np.array([threshold]), [draws], none, {}, {})
+        hidden, before = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 1.0]])
+        head = HeadOutput(torch.tensor([[0.3, 1.1, 0.2]]), hidden, before, 0, False, None)
+        return Judgement(head, asked, TorchReductions()).verdicts()
+
+    [confidence] = judged(0.5).confidences.tolist()
+    assert 0 < confidence < 1
+    assert judged(confidence).exited.tolist() == [True]
+    assert judged(np.nextafter(confidence, 1)).exited.tolist() == [False]
+
+
+def test_agreeing_exits_reach_a_threshold_of_one(models):
+    """Confidence by patience is exactly 1 as soon as enough exits agree: the first one, where one is enough."""
+    exits = EarlyExit(layers=[2, 4], thresholds=1.0, criterion="patience", patience=1)
+    llm = LLM(models["llama"], early_exit=exits, dtype="float64")
+    [output] = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
+    assert [token.exit_layer for token in output.outputs[0].tokens] == [6] + [2] * 7
+    assert llm.engine.metrics.involuntary_exits == llm.engine.metrics.involuntary_stays == 0
+    assert dict(llm.engine.metrics.reached) == {0: 7}
 
 
 def test_a_tiny_temperature_is_greedy():
@@ -594,6 +634,40 @@ def test_stop_strings_equal_a_slow_search(tokenizer, min_tokens):
         assert shown == detokenizer.text
         stopped += detokenizer.stopped_at is not None
     assert stopped > 100
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_what_comes_behind_a_stop_string_leaves_the_record_too(text_model, tokenizer, overlapping):
+    """Under run-ahead several tokens come at once, and more while the next pass runs."""
+    llm = LLM(text_model, early_exit=EarlyExit(layers=[2, 4], thresholds=0.0), dtype="float64", run_ahead="lossless")
+    llm.engine.executor.asynchronous = overlapping
+    surplus, counted = 0, 0
+    take = Request.take
+
+    def counting(self, record):
+        nonlocal surplus
+        surplus += 1
+        take(self, record)
+
+    for seed in range(27):
+        plain = SamplingParams(temperature=0.9, max_tokens=24, seed=seed, ignore_eos=True)
+        text = llm.generate([PROMPT], plain)[0].outputs[0].text
+        stop = text[len(text) // 2 : len(text) // 2 + 2]
+        [request] = llm.intake.requests(PROMPT, replace(plain, stop=[stop]))
+        llm.engine.add(request)
+        llm.engine.metrics, wholes = Metrics(), []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Request, "take", counting)
+            while llm.engine.busy:
+                wholes += [whole for _, _, whole in llm.engine.step() if whole is not None]
+        [whole] = wholes
+        assert (whole.finish_reason, whole.stop_reason) == ("stop", stop)
+        assert llm.engine.metrics.tokens == len(whole.tokens)
+        assert request.num_output == len(request.records) == len(whole.tokens)
+        assert request.tokens[len(PROMPT) :] == whole.token_ids
+        assert len(request.depths) == len(request.tokens) - 1
+        counted += len(whole.tokens)
+    assert surplus > counted, "no token came behind a stop string: the test shows nothing"
 
 
 def test_min_tokens_holds_stop_strings_back(speak, tokenizer):

@@ -15,7 +15,8 @@ import pytest
 
 from drex.config import EngineConfig, ExitRule
 from drex.control.cost import CostModel, Load
-from drex.control.plan import Pass, PassResult
+from drex.control.decisions import Decisions
+from drex.control.plan import Evaluations, Pass, PassResult
 from drex.control.profile import nominal
 from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
@@ -24,7 +25,7 @@ from drex.engine.engine import Engine
 from drex.engine.executor import Executor
 from drex.engine.metrics import Metrics, quantiles
 from drex.request import ExitCheck, FinishReason, Request, SamplingParams, TokenRecord
-from drex.sim.executor import RecordedExits, Recorder, Replay, VirtualExecutor
+from drex.sim.executor import RecordedExits, Recorder, Replay, Said, VirtualExecutor
 from drex.sim.workload import Job, draw_jobs, read_trace
 
 TRACES = Path(__file__).parents[2] / "shared" / "data" / "traces"
@@ -491,6 +492,61 @@ def test_exits_and_what_was_involuntary_are_counted_from_the_records() -> None:
     assert dict(metrics.checks) == {0: 7, 1: 5}
     assert dict(metrics.reached) == {0: 3, 1: 3}
     assert sorted(metrics.exited_confidences) == [0.1, 0.1, 0.9, 0.9, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("rule", "run_ahead"),
+    [
+        (ExitRule("max_prob", (None, 0.5)), "off"),  # not among the layers that the request names
+        (ExitRule("max_prob", (1.5, 0.5)), "off"),  # no confidence reaches it
+        (ExitRule("max_prob", (0.5, 0.5)), "lossless"),
+    ],
+    ids=["not_allowed", "above_one", "lossless"],
+)
+def test_an_exit_that_the_request_does_not_allow_is_involuntary_however_sure_it_was(
+    rule: ExitRule, run_ahead: str
+) -> None:
+    metrics = Metrics()
+    each = Request("r", (1, 2), SamplingParams(max_tokens=9), rule, 0, frozenset(), 3, run_ahead=run_ahead)
+    # The check is made from the same verdict, so that it claims that all is well; or there is none.
+    for depth, checks in ((3, ()), (1, (ExitCheck(0, 1.0, 0.0),)), (1, ()), (3, ())):
+        each.take(TokenRecord(5, -1.0, depth, 1.0, checks, ()))
+    metrics.ended(each, FinishReason.ABORT, 2.0)
+    assert metrics.involuntary_exits == 2
+
+
+def test_a_first_token_that_exits_is_involuntary() -> None:
+    metrics, rule = Metrics(), ExitRule("max_prob", (0.5,))
+    each = Request("r", (1, 2), SamplingParams(max_tokens=9), rule, 0, frozenset(), 2)
+    each.take(TokenRecord(5, -1.0, 1, 1.0, (ExitCheck(0, 1.0, 0.5),), ()))
+    metrics.ended(each, FinishReason.ABORT, 2.0)
+    assert metrics.involuntary_exits == 1
+
+
+def test_exits_that_a_broken_scheduler_takes_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row is asked at every exit, and leaves there, whatever its request allows."""
+
+    def everywhere(self: Decisions, segment: int, owners: Any, positions: Any) -> Any:
+        return np.zeros(len(owners))
+
+    monkeypatch.setattr(Decisions, "_thresholds", everywhere)
+    engine = make_engine(virtual())
+    made = [each for _, each in requests(draw_jobs(4, (2, 8), (5, 9)), rates=[-1.0])]
+    assert all(each.rule.never for each in made)
+    serve(engine, ((0.0, each) for each in made))
+    assert engine.metrics.involuntary_exits == engine.metrics.tokens
+
+
+def test_a_drawn_confidence_that_just_reaches_its_threshold_exits() -> None:
+    class Exactly:
+        def __call__(self, segment: int, asked: Evaluations) -> Said:
+            return Said(asked.thresholds.copy(), np.ones(len(asked), dtype=np.bool_))
+
+    engine = make_engine(virtual(exits=Exactly()))
+    made = list(requests(draw_jobs(3, (2, 8), (5, 9))))
+    serve(engine, made)
+    assert all(record.depth == 1 for _, each in made for record in each.records[1:])
+    assert engine.metrics.involuntary_exits == engine.metrics.involuntary_stays == 0
 
 
 def test_what_metrics_say_of_a_run_is_what_was_emitted() -> None:

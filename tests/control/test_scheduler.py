@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from helpers import Machine, drain, make_scheduler, names, request
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from drex.config import POLICIES, EngineConfig
 from drex.control.plan import PassResult
+from drex.control.profile import Curve, Profile, SegmentCost
 from drex.control.slots import SlotLayout
 from drex.request import FinishReason
 
@@ -56,23 +59,32 @@ def test_everything_ends_and_nothing_stays_behind(
             assert each.num_output == sizes[number][1]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(
-    lengths=st.sampled_from([(2, 2), (1, 3, 2)]),
-    rate=st.sampled_from([0.0, 0.5, 0.9, 0.97]),
-    slowdown=st.sampled_from([None, 1.1]),
-    wait=st.sampled_from([5, 9, 20]),
-    count=st.integers(1, 12),
-)
-def test_no_row_waits_longer_than_max_wait_passes(
-    lengths: tuple[int, ...], rate: float, slowdown: float | None, wait: int, count: int
-) -> None:
-    config = EngineConfig(64, 12, 512, 400, 256, max_wait_passes=wait, max_slowdown=slowdown)
-    scheduler = make_scheduler(config, SlotLayout(lengths), "recompute")
-    for i in range(count):
-        scheduler.add(request(i, 3, 25, len(lengths)), 0.0)
-    waits = drain(scheduler, Machine(rate))
-    assert all(waited <= wait for waited in waits.values()), waits
+def longest_wait(rate: float, wait: int, lengths: tuple[int, ...] = (1, 1), slowdown: float | None = None) -> int:
+    """Passes that the longest waiting row waits, where a flush takes as long as 200 passes over the first segment."""
+    counts = (1.0, 4096.0)
+    deep = SegmentCost(Curve(counts, (0.2, 0.2)), Curve(counts, (0.0, 0.0)), 0.0, 0.0, 0.0)
+    shallow = replace(deep, rows=Curve(counts, (1e-3, 1e-3)))
+    config = EngineConfig(256, 12, 512, 12 * 200, 1 << 20, max_wait_passes=wait, max_slowdown=slowdown)
+    profile = Profile((shallow, *[deep] * (len(lengths) - 1)), source="dear flushes")
+    scheduler = make_scheduler(config, SlotLayout(lengths), "recompute", profile)
+    for i in range(12):
+        scheduler.add(request(i, 3, 120, len(lengths)), 0.0)
+    return max(drain(scheduler, Machine(rate, profile=profile), check_every_pass=False).values())
+
+
+@pytest.mark.parametrize("wait", [5, 9, 20])
+@pytest.mark.parametrize("rate", [0.5, 0.97])
+def test_no_row_waits_longer_than_max_wait_passes(rate: float, wait: int) -> None:
+    assert longest_wait(rate, wait) <= wait
+
+
+def test_no_row_waits_longer_between_two_exit_points_or_under_a_bound_on_slowdown() -> None:
+    assert longest_wait(0.9, 9, (1, 1, 1)) <= 9
+    assert longest_wait(0.97, 9, slowdown=1.1) <= 9
+
+
+def test_rows_would_wait_longer_than_any_tested_bound_if_there_were_none() -> None:
+    assert longest_wait(0.97, 10_000) > 20
 
 
 def test_a_full_pool_preempts_the_latest_of_the_lowest_priority_and_never_the_first() -> None:
