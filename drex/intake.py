@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import secrets
 import threading
@@ -18,6 +19,25 @@ from drex.request import Request, SamplingParams
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+NO_VARIABLES = frozenset(
+    {"messages", "conversations", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
+)
+"""Names that are no variables of a chat template: with them a client could replace the template, or how it is used."""
+
+
+class ContextLengthError(ValueError):
+    """A prompt is longer than a request may be.
+
+    Clients look for the words "maximum context length" in the message, in order to shorten the conversation.
+
+    Args:
+        most: tokens that a request may have, prompt and output together.
+        found: the prompt's length in words, as in "the prompt has 1500".
+        remedy: as in "shorten it".
+    """
+
+    def __init__(self, most: int, found: str, remedy: str) -> None:
+        super().__init__(f"This model's maximum context length is {most} tokens (max_model_len), and {found}: {remedy}")
 
 
 class Intake:
@@ -28,6 +48,10 @@ class Intake:
         config: with `max_model_len` resolved.
         tokenizer: None takes prompts as token ids only.
         check_fits: raises ValueError for a request that the engine could never serve.
+        eos_token_ids: instead of the model's; None: those, or the tokeniser's where the model's configs name none.
+
+    Attributes:
+        eos_token_ids: that end the text of a request, unless it ignores them.
     """
 
     def __init__(
@@ -36,8 +60,13 @@ class Intake:
         config: EngineConfig,
         tokenizer: PreTrainedTokenizerBase | None,
         check_fits: Callable[[Request], None],
+        eos_token_ids: frozenset[int] | None = None,
     ) -> None:
         self.model, self.config, self.tokenizer = model, config, tokenizer
+        named = model.decoder.spec.eos_token_ids if eos_token_ids is None else eos_token_ids
+        if not named and tokenizer is not None and tokenizer.eos_token_id is not None:
+            named = frozenset([tokenizer.eos_token_id])
+        self.eos_token_ids = frozenset(token for token in named if 0 <= token <= self._last_token)
         self._check_fits = check_fits
         self._arrivals = itertools.count(1)
         # Tokenizers fail, or truncate what another thread gives them, where two threads use one.
@@ -52,9 +81,10 @@ class Intake:
         ids = self.encode(prompt)
         room = self.config.max_model_len - len(ids)
         if room < 1:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens and max_model_len is {self.config.max_model_len}: shorten the "
-                "prompt so that at least one token can follow, or raise max_model_len"
+            raise ContextLengthError(
+                self.config.max_model_len,
+                f"the prompt has {len(ids)} tokens",
+                "shorten the prompt so that at least one token can follow, or raise max_model_len",
             )
         self._check_tokens(ids, self.config.max_model_len)
         for name, tokens in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids or ())):
@@ -101,16 +131,48 @@ class Intake:
             raise ValueError("the prompt is empty: give at least one token")
         return ids
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation under the model's chat template, ready for the assistant's turn."""
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation under the model's chat template.
+
+        Args:
+            messages: each with a `role` and its `content`.
+            add_generation_prompt: end with what opens the assistant's turn; None: unless the last message is continued.
+            continue_final_message: leave the last message open, so that the text goes on where it ends.
+            chat_template_kwargs: further variables of the template, such as `enable_thinking`.
+
+        Raises:
+            ValueError: no chat template, or messages or settings that it does not take.
+        """
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise ValueError("the model has no chat template: use generate, or set chat_template in its tokenizer")
         if not messages:
             raise ValueError("messages is empty: give at least one")
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other: set one of them")
+        if continue_final_message and not messages[-1].get("content"):
+            raise ValueError(
+                "continue_final_message: the last message has no text to continue; give some, or leave it out"
+            )
+        variables = dict(chat_template_kwargs or {})
+        refused = sorted(NO_VARIABLES.intersection(variables))
+        if refused:
+            raise ValueError(f"chat_template_kwargs has {refused[0]}, which is no variable of a template: leave it out")
+        opens = not continue_final_message if add_generation_prompt is None else add_generation_prompt
         try:
             with self._tokenizing:
                 ids = self.tokenizer.apply_chat_template(
-                    [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
+                    [dict(message) for message in messages],
+                    add_generation_prompt=opens,
+                    continue_final_message=continue_final_message,
+                    return_dict=False,
+                    **variables,
                 )
         except Exception as error:  # the template is a program of the model's author: it may raise anything
             raise ValueError(f"the chat template does not take these messages: {error}") from error
@@ -140,7 +202,7 @@ class Intake:
             params=params,
             rule=rule,
             seed=seed,
-            eos_token_ids=self.model.decoder.spec.eos_token_ids,
+            eos_token_ids=self.eos_token_ids,
             num_segments=len(self.model.layout.lengths),
             arrival=number,
             sample=sample,
@@ -162,10 +224,35 @@ class Intake:
 
     def _check_tokens(self, ids: Sequence[int], length: int) -> None:
         if length > self.config.max_model_len:
-            raise ValueError(f"{length} tokens, and max_model_len is {self.config.max_model_len}: shorten the text")
+            raise ContextLengthError(self.config.max_model_len, f"the text has {length} tokens", "shorten it")
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= self._last_token:
                 raise ValueError(f"the prompt has token id {token!r}: the vocabulary has ids 0..{self._last_token}")
+
+
+def listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, text or token ids, or several, as a list of prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
+    """One conversation, or several, as a list of conversations; raises ValueError where there is no message."""
+    if not messages:
+        raise ValueError("messages is empty: give at least one")
+    return [messages] if isinstance(messages[0], Mapping) else list(messages)  # type: ignore[list-item, arg-type]
+
+
+def spread(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    """Settings for each of `count` prompts; raises ValueError for a list of another length."""
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one, or one a prompt")
+    return list(params)
 
 
 def check_unicode(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,14 @@ from drex.control.scheduler import Scheduler
 from drex.engine.client import EngineClient
 from drex.engine.engine import Engine
 from drex.engine.torch_executor import TorchExecutor
-from drex.intake import Intake, Message, Prompt, load_tokenizer
+from drex.generation_config import GenerationDefaults, read_generation_defaults
+from drex.intake import Intake, Message, Prompt, conversations, listed, load_tokenizer, spread
 from drex.outputs import Chunk, CompletionOutput, ExitStats, RequestOutput, Scored
 from drex.request import Request, SamplingParams
 from drex.runner import build_runner, fit
 from drex.tuning.profile_cache import obtain
+
+log = logging.getLogger(__name__)
 
 
 class LLM:
@@ -53,6 +57,8 @@ class LLM:
             serving; or a `Profile`, or the file of one.
         threads: of the CPU; None is what the profile found best, or OMP_NUM_THREADS where that is set.
         tokenizer: folder or hub id, where it is not beside the model.
+        generation_config: where the sampling defaults of requests without settings of their own come from: `auto` (the
+            model's `generation_config.json`, if it has one), `none`, or a folder with such a file.
 
     Raises:
         ValueError: bad settings or a model that can't be loaded, with what to do about it.
@@ -82,6 +88,7 @@ class LLM:
         profile: Profile | str | Path | None = None,
         threads: int | None = None,
         tokenizer: str | Path | None = None,
+        generation_config: str | Path = "auto",
     ) -> None:
         asked = EngineConfig(
             max_model_len=1 if max_model_len is None else max_model_len,
@@ -97,7 +104,10 @@ class LLM:
             policy=policy,
         )
         exits = EarlyExit.off() if policy == "full" else early_exit
-        self.model: LoadedModel = load_model(inspect_model(model, exits, dtype, device))
+        facts = inspect_model(model, exits, dtype, device)
+        self.generation_defaults: GenerationDefaults = read_generation_defaults(generation_config, facts.folder)
+        self.generation_defaults.announce(log)
+        self.model: LoadedModel = load_model(facts)
         check_lossless(run_ahead, self.model.exits.kv_fill)
         self.config = fit(asked, self.model, max_model_len, gpu_memory_utilization)
         self.tokenizer = load_tokenizer(self.model.folder if tokenizer is None else Path(tokenizer))
@@ -105,10 +115,15 @@ class LLM:
         self.profile = obtain(profile, runner, self.config, self.model.exits, threads)
         scheduler = Scheduler(self.config, self.model.layout, self.model.exits.kv_fill, CostModel(self.profile))
         self.engine = Engine(scheduler, TorchExecutor(runner), self.tokenizer)
-        self.intake = Intake(self.model, self.config, self.tokenizer, scheduler.admission.check_fits)
+        ends = self.generation_defaults.eos_token_ids
+        self.intake = Intake(self.model, self.config, self.tokenizer, scheduler.admission.check_fits, ends)
         self._client = EngineClient(self.engine)
 
     # Generation
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The settings of a request that has none of its own: `SamplingParams()` with the model's recommendations."""
+        return SamplingParams(**self.generation_defaults.settings)  # type: ignore[arg-type]
 
     def generate(
         self,
@@ -121,34 +136,43 @@ class LLM:
 
         Args:
             prompts: text or token ids, one or a list.
-            sampling_params: for all, or one a prompt; None is the default `SamplingParams()`.
+            sampling_params: for all, or one a prompt; None is `get_default_sampling_params()`.
             use_tqdm: show a progress bar (on a terminal, for more than one prompt); the name is vLLM's.
 
         Raises:
             ValueError: a prompt or setting that can't be served; nothing is generated then.
         """
-        listed = _listed(prompts)
-        params = _spread(sampling_params, len(listed))
-        groups = [self.intake.requests(prompt, p) for prompt, p in zip(listed, params, strict=True)]
-        done = self._run([request for group in groups for request in group], progress=use_tqdm and len(listed) > 1)
-        return [self._output(prompt, group, done) for prompt, group in zip(listed, groups, strict=True)]
+        asked = listed(prompts)
+        groups = self._groups(asked, sampling_params)
+        done = self._run([request for group in groups for request in group], progress=use_tqdm and len(asked) > 1)
+        return [self._output(prompt, group, done) for prompt, group in zip(asked, groups, strict=True)]
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Generate the next turn of one or many conversations, each a list of {"role", "content"}.
 
+        The keywords are of `Intake.chat_prompt`.
+
         Raises:
-            ValueError: no chat template, or messages it does not take.
+            ValueError: no chat template, or messages or settings that it does not take.
         """
-        if not messages:
-            raise ValueError("messages is empty: give at least one")
-        conversations = [messages] if isinstance(messages[0], Mapping) else messages
-        prompts = [self.intake.chat_prompt(conversation) for conversation in conversations]  # type: ignore[arg-type]
+        prompts = [
+            self.intake.chat_prompt(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for conversation in conversations(messages)
+        ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(
@@ -163,10 +187,15 @@ class LLM:
         Raises:
             ValueError: a prompt or setting that can't be served; nothing is generated then.
         """
-        listed = _listed(prompts)
-        params = _spread(sampling_params, len(listed))
-        groups = [self.intake.requests(prompt, p) for prompt, p in zip(listed, params, strict=True)]
+        groups = self._groups(listed(prompts), sampling_params)
         return self._stream({r.request_id: (number, r) for number, group in enumerate(groups) for r in group})
+
+    def _groups(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[list[Request]]:
+        """The samples of each prompt."""
+        each = spread(self.get_default_sampling_params() if params is None else params, len(prompts))
+        return [self.intake.requests(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
 
     def _stream(self, left: dict[str, tuple[int, Request]]) -> Iterator[Chunk]:
         numbers = {request_id: number for request_id, (number, _) in left.items()}
@@ -175,7 +204,7 @@ class LLM:
 
     def check(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[int]:
         """The token ids of a prompt that can be served; raises ValueError, naming the remedy, for one that can't."""
-        return list(self.intake.requests(prompt, sampling_params or SamplingParams())[0].prompt)
+        return list(self.intake.requests(prompt, sampling_params or self.get_default_sampling_params())[0].prompt)
 
     def score(
         self,
@@ -240,22 +269,6 @@ class LLM:
         """Exits, involuntary exits and stays of everything in `outputs`."""
         tokens = (token for output in outputs for sample in output.outputs for token in sample.tokens)
         return ExitStats.of(tokens, self.model.decoder.spec.num_layers)
-
-
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one, or one a prompt")
-    return list(params)
 
 
 class _Progress:

@@ -15,6 +15,8 @@ from drex.config import EarlyExit, ExitRule, check_run_ahead
 from drex.control.plan import Draws
 
 MAX_LOGPROBS = 20
+NO_SEED = -1
+"""As front ends of many engines, and vLLM, say that there is no seed."""
 LARGEST = 2**53
 """Whole numbers from here on are not all exact as floats, and none is a sensible setting."""
 
@@ -36,7 +38,7 @@ class SamplingParams:
         n: samples of one prompt; sample i differs from sample 0 in its noise only.
         temperature: 0 is greedy.
         top_k: 0 keeps all.
-        seed: of the noise, which is a pure function of (seed, sample, position); None draws one per request.
+        seed: of the noise, which is a pure function of (seed, sample, position); None, or -1, draws one per request.
         logprobs, prompt_logprobs: how many most likely tokens to report beside the token itself.
         early_exit: overrides the engine's thresholds, criterion, schedule and allowed exits.
         run_ahead: overrides the engine's: `off`, `trusted` or `lossless`.
@@ -101,6 +103,8 @@ class SamplingParams:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give {range_}")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}: give at most max_tokens, which is {self.max_tokens}")
+        if self.seed == NO_SEED:
+            object.__setattr__(self, "seed", None)
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop is {self.stop!r}: give non-empty strings")

@@ -58,8 +58,8 @@ def nothing_is_left(request):
 
 BAD_PROMPTS = [
     ([[]], ["empty", "at least one token"]),
-    ([[5] * 32], ["32 tokens", "max_model_len is 32", "shorten the prompt"]),
-    ([[5] * 500], ["500 tokens", "max_model_len is 32", "shorten the prompt"]),
+    ([[5] * 32], ["32 tokens", "maximum context length is 32 tokens (max_model_len)", "shorten the prompt"]),
+    ([[5] * 500], ["500 tokens", "maximum context length is 32", "shorten the prompt"]),
     ([[5, 97]], ["token id 97", "0..96"]),
     ([[5, -1]], ["token id -1", "0..96"]),
     ([[5, 10**30]], ["token id 1000", "0..96"]),
@@ -111,7 +111,7 @@ def test_one_params_too_few(llm):
         ([], ["at least 2 tokens"]),
         ([5], ["at least 2 tokens"]),
         ([[5, 6], [7]], ["at least 2 tokens"]),
-        ([5] * 33, ["33 tokens", "max_model_len is 32", "shorten"]),
+        ([5] * 33, ["33 tokens", "maximum context length is 32", "shorten"]),
         ([5, 97], ["token id 97", "0..96"]),
         ([5, -3], ["token id -3", "0..96"]),
     ],

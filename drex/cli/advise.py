@@ -54,7 +54,14 @@ def advise(
         criterion=criterion,
         kv_fill=kv_fill,
     )
-    llm = LLM(model, early_exit=settings, dtype=dtype, device=device, max_num_seqs=max(*counts, 1))
+    llm = LLM(
+        model,
+        early_exit=settings,
+        dtype=dtype,
+        device=device,
+        max_num_seqs=max(*counts, 1),
+        generation_config="none",
+    )
     documents = read_documents(text) if text else split_held_out(standard_library(), 0.02)[1]
     found = run(llm, held_out_blocks(llm, documents, tokens), grid, counts, tolerance)
     if as_json:

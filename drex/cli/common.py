@@ -29,6 +29,13 @@ RunAheadOption = Annotated[
     str,
     typer.Option("--run-ahead", help="Draft on while waiting: off, trusted, or lossless (full depth's own tokens)."),
 ]
+GenerationConfigOption = Annotated[
+    str,
+    typer.Option(
+        "--generation-config",
+        help="Sampling defaults: auto (the model's generation_config.json), none, or a folder with such a file.",
+    ),
+]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
 RateOption = Annotated[float | None, typer.Option("--rate", help="Open loop: Poisson arrivals a second.")]

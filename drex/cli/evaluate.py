@@ -53,7 +53,7 @@ def evaluate(
         criterion=criterion,
         kv_fill=kv_fill,
     )
-    llm = LLM(model, early_exit=settings, dtype=dtype)
+    llm = LLM(model, early_exit=settings, dtype=dtype, generation_config="none")
     documents = split_held_out(standard_library(), held_out_share)[1] if stdlib else read_documents(text or ())
     blocks = held_out_blocks(llm, documents, tokens)
     if confidences_file is not None:

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from drex.cli.common import (
     DeviceOption,
     DtypeOption,
     ExitsOption,
+    GenerationConfigOption,
     KvFillOption,
     ModelOption,
     PolicyOption,
@@ -55,12 +56,15 @@ def generate(
     ] = None,
     model: ModelOption = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of the sampling noise.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy, and the default where the model recommends none.")
+    ] = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    generation_config: GenerationConfigOption = "auto",
+    seed: Annotated[int | None, typer.Option(help="Of the sampling noise; -1: another each time.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given several times.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end token.")] = False,
     exits: ExitsOption = None,
@@ -76,17 +80,16 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line and prompt.")] = False,
 ) -> None:
     """Generate text with early exit; by default with the bundled model."""
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-        ignore_eos=ignore_eos,
-    )
+    named = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    named = {name: value for name, value in named.items() if value is not None}
+    own = SamplingParams(temperature=0.0, max_tokens=max_tokens, seed=seed, stop=stop, ignore_eos=ignore_eos)
+    params = replace(own, **named)  # type: ignore[arg-type]
     early_exit = early_exit_from(exits, thresholds, criterion, kv_fill, full_depth)
     jobs = _read_jobs(prompt, file, jsonl)
     from drex.llm import LLM
@@ -99,7 +102,12 @@ def generate(
         policy=policy,
         run_ahead=run_ahead,
         max_num_seqs=max_num_seqs,
+        generation_config=generation_config,
     )
+    recommended = llm.generation_defaults.sampling
+    if recommended.keys() - named.keys():
+        sys.stderr.write(f"drex: {llm.generation_defaults.describe(but=('max_tokens', *named))}\n")
+        params = replace(own, **{**recommended, **named})  # type: ignore[arg-type]
     layers = llm.model.decoder.spec.num_layers
     for job in jobs:
         if job.error is None:

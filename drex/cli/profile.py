@@ -49,6 +49,7 @@ def profile(
         max_num_seqs=max_num_seqs,
         threads=threads,
         profile=MEASURE if again else None,
+        generation_config="none",
     ).profile
     table = Table(
         "segment", "rows", "layers (ms)", "head (ms)", title=f"{found.source}, {found.threads or '-'} threads"

@@ -15,6 +15,7 @@ from drex.cli.common import (
     DeviceOption,
     DtypeOption,
     ExitsOption,
+    GenerationConfigOption,
     KvFillOption,
     MaxSlowdownOption,
     PolicyOption,
@@ -63,6 +64,7 @@ def serve(
     max_slowdown: MaxSlowdownOption = None,
     adaptive: AdaptiveOption = False,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, where it is not beside the model.")] = None,
+    generation_config: GenerationConfigOption = "auto",
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file, instead of the model's template.")] = None,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; with more, 429.")] = 1024,
     max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = 4 * 2**20,
@@ -118,6 +120,7 @@ def serve(
             profile=profile,
             threads=threads,
             tokenizer=tokenizer,
+            generation_config=generation_config,
         )
         if chat_template is not None:
             _use_template(llm, chat_template)

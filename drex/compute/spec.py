@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,13 @@ class ModelSpec:
 def _end_tokens(folder: Path, raw: dict[str, Any]) -> frozenset[int]:
     """EOS ids: `generation_config.json` has the last word, since it may list several."""
     path = folder / "generation_config.json"
-    ids: Any = None
-    if path.is_file():
-        ids = read_json(path).get("eos_token_id")
-    if ids is None:
-        ids = raw.get("eos_token_id")
+    recommended = end_tokens(read_json(path)) if path.is_file() else frozenset()
+    return recommended or end_tokens(raw)
+
+
+def end_tokens(content: Mapping[str, Any]) -> frozenset[int]:
+    """The EOS ids that a config names, in one number or a list; empty where it names none."""
+    ids = content.get("eos_token_id")
     if ids is None:
         return frozenset()
     return frozenset(ids) if isinstance(ids, list) else frozenset([ids])

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
 from drex import __version__
@@ -31,7 +32,9 @@ def create_app(serving: Serving) -> FastAPI:
     app = FastAPI(title="drex", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     errors.install(app)
     for module in (completions, chat, tokens, monitor):
-        app.include_router(module.routes(serving))
+        router = module.routes(serving)
+        _answer_head(router)
+        app.include_router(router)
     app.include_router(page.routes())
     _document(app)
     settings = serving.settings
@@ -47,6 +50,13 @@ def create_app(serving: Serving) -> FastAPI:
             expose_headers=["x-request-id", "retry-after"],
         )
     return app
+
+
+def _answer_head(router: APIRouter) -> None:
+    """Make HEAD do what GET does, wherever that is; the server leaves the body out."""
+    for route in list(router.routes):
+        if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
+            router.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 def _document(app: FastAPI) -> None:

@@ -14,8 +14,8 @@ from drex.server.answer import Answer, finish_reason
 from drex.server.errors import ApiError, documented
 from drex.server.logprobs import chat_logprobs
 from drex.server.replies import ChatChoice, ChatChunkChoice, ChatCompletion, ChatLogprobs
-from drex.server.sampling import check_length, check_stream_options, sampling_params
-from drex.server.schema import ChatMessage, ChatRequest
+from drex.server.sampling import check_stream_options, sampling_params, wanted_tokens
+from drex.server.schema import ChatMessage, ChatRequest, Templating
 from drex.server.serving import Serving
 
 
@@ -26,16 +26,16 @@ def routes(serving: Serving) -> APIRouter:
     @router.post("/v1/chat/completions", responses=documented(ChatCompletion, streams=True))
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The next turn of a conversation."""
-        name = serving.check_model(body.model)
+        name = serving.check_model(body.model or None)
         check_stream_options(body)
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs goes with logprobs: true", "top_logprobs")
-        params = sampling_params(body, _max_tokens(body, serving), body.top_logprobs or None)
+        defaults = serving.llm.generation_defaults
+        params = sampling_params(body, defaults, _max_tokens(body, serving), body.top_logprobs or None)
         messages = conversation(body.messages, serving)
 
         def make() -> list[EngineRequest]:
-            intake = serving.llm.intake
-            return intake.requests(intake.chat_prompt(messages), params)
+            return serving.llm.intake.requests(chat_prompt(messages, body, serving), params)
 
         if serving.settings.log_prompts:
             request.state.log["messages"] = messages
@@ -61,20 +61,32 @@ def conversation(messages: Sequence[ChatMessage], serving: Serving) -> list[dict
         # Templates know no developer, and may drop without a word what they don't know.
         role = "system" if message.role == "developer" else message.role
         more = {key: value for key in ("name", "tool_call_id") if (value := getattr(message, key)) is not None}
+        reasoning = message.reasoning_content if message.reasoning is None else message.reasoning
+        if reasoning is not None:
+            serving.check_text(reasoning, "messages")
+            more |= {"reasoning_content": reasoning, "reasoning": reasoning}  # templates know it by either name
         found.append({"role": role, "content": text, **more})
     return found
 
 
+def chat_prompt(messages: Sequence[dict[str, Any]], body: Templating, serving: Serving) -> list[int]:
+    """Token ids of a conversation, under the chat template as a body asks for it; raises ValueError."""
+    return serving.llm.intake.chat_prompt(
+        messages,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
+
+
 def _max_tokens(body: ChatRequest, serving: Serving) -> int:
-    """Output tokens wanted; without a wish, as many as there is room for."""
-    most = serving.llm.config.max_model_len
+    """Output tokens wanted; without a wish, what the model recommends, or as many as there is room for."""
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     if field == "max_completion_tokens" and body.max_tokens not in (None, body.max_completion_tokens):
         raise ApiError(400, "max_tokens and max_completion_tokens differ: give one of them", "max_tokens")
-    asked = getattr(body, field)
-    if asked == 0:
-        raise ApiError(400, f"{field} is 0: give at least 1", field)
-    return most if asked is None else check_length(asked, most, field)
+    most = serving.llm.config.max_model_len
+    recommended = serving.llm.generation_defaults.settings.get("max_tokens", most)
+    return wanted_tokens(body, field, most, int(recommended))
 
 
 class ChatAnswer(Answer):

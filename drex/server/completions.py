@@ -14,7 +14,7 @@ from drex.server.answer import Answer, finish_reason
 from drex.server.errors import ApiError, documented
 from drex.server.logprobs import CompletionLog, joined
 from drex.server.replies import Completion, CompletionChoice, CompletionLogprobs
-from drex.server.sampling import check_length, check_stream_options, sampling_params, scores_exits
+from drex.server.sampling import check_stream_options, sampling_params, scores_exits, wanted_tokens
 from drex.server.schema import CompletionRequest
 from drex.server.serving import Serving
 
@@ -28,11 +28,11 @@ def routes(serving: Serving) -> APIRouter:
     @router.post("/v1/completions", responses=documented(Completion, streams=True))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Complete prompts."""
-        name = serving.check_model(body.model)
+        name = serving.check_model(body.model or None)
         prompts = _prompts(body, serving)
         asked = _max_tokens(body, serving)
         logs = body.logprobs if body.echo else None
-        params = sampling_params(body, max(1, asked), body.logprobs, logs)
+        params = sampling_params(body, serving.llm.generation_defaults, max(1, asked), body.logprobs, logs)
 
         def make() -> list[EngineRequest]:
             exits = scores_exits(body)
@@ -47,11 +47,11 @@ def routes(serving: Serving) -> APIRouter:
 
 
 def _prompts(body: CompletionRequest, serving: Serving) -> list[Prompt]:
-    """The prompts of a body, one by one."""
+    """The prompts of a body, one by one; text may be empty, since a tokeniser may begin it with a token of its own."""
     given = body.prompt
     single = isinstance(given, str) or (given and isinstance(given[0], int))
     prompts: list[Prompt] = [given] if single else list(given)  # type: ignore[list-item, arg-type]
-    if not prompts or not all(prompts):
+    if not prompts:
         raise ApiError(400, "prompt is empty: give at least one token", "prompt")
     for prompt in prompts:
         if isinstance(prompt, str):
@@ -64,10 +64,9 @@ def _max_tokens(body: CompletionRequest, serving: Serving) -> int:
     check_stream_options(body)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise ApiError(400, "best_of is not supported: leave it out, or give what n is", "best_of")
-    asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    if asked == 0 and not body.echo:
+    if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens is 0: give at least 1, or echo the prompt", "max_tokens")
-    return check_length(asked, serving.llm.config.max_model_len, "max_tokens")
+    return wanted_tokens(body, "max_tokens", serving.llm.config.max_model_len, DEFAULT_MAX_TOKENS, least=0)
 
 
 class CompletionAnswer(Answer):

@@ -12,8 +12,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from drex.engine.streams import EngineStoppedError
+from drex.intake import ContextLengthError
+from drex.server.explain import explain
 from drex.server.replies import ErrorReply
-from drex.server.schema import FORMS, UNSUPPORTED, EarlyExitOptions
+from drex.server.schema import BODIES, EarlyExitOptions
 from drex.server.streaming import encode
 
 TYPES = {
@@ -25,9 +27,9 @@ TYPES = {
 }
 """Of errors; below 500 others are the request's, from 500 on the server's."""
 FIELD = re.compile(r"^(?:the )?([a-z][a-z_]*)")
-PART = re.compile(r"^(?!(?:str|int|float|bool)$)[a-z0-9_]+$")
-"""Of a path to what is wrong: fields and indices, without the names of types that were tried."""
 LONGEST_MESSAGE = 500
+TOO_LONG = "context_length_exceeded"
+"""OpenAI's code by which clients know that they have to shorten the prompt."""
 
 
 class ApiError(Exception):
@@ -38,17 +40,25 @@ class ApiError(Exception):
         message: what is wrong, and what to do about it.
         param: the field at fault.
         headers: more of them.
+        code: OpenAI's name for the error, where clients go by it; None: the status.
     """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        code: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.headers = status, message, param, headers
+        self.status, self.message, self.param, self.headers, self.code = status, message, param, headers, code
 
     @classmethod
     def of(cls, error: ValueError, fields: Sequence[str]) -> ApiError:
         """What the library refused: its messages begin with the field, or `early_exit`'s, if they are about one."""
+        if isinstance(error, ContextLengthError):
+            return cls(400, str(error), "prompt" if "prompt" in fields else "messages", code=TOO_LONG)
         found = FIELD.match(str(error))
         name = found[1] if found else None
         if name in EarlyExitOptions.model_fields and "early_exit" in fields:
@@ -59,7 +69,8 @@ class ApiError(Exception):
         """OpenAI's error body."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         message = self.message if len(self.message) <= LONGEST_MESSAGE else self.message[:LONGEST_MESSAGE] + "…"
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.status}}
+        code = self.status if self.code is None else self.code
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": code}}
 
     def response(self) -> Response:
         """The body, with status and headers."""
@@ -99,46 +110,24 @@ def install(app: FastAPI) -> None:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return explain(error.errors()).response()
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return ApiError(400, *explain(error.errors(), BODIES.get(request.url.path))).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         if isinstance(error.__cause__, ApiError):  # from below FastAPI's reading of the body
             return error.__cause__.response()
-        said = str(error.detail)
+        said, headers = str(error.detail), dict(error.headers or {})
+        if headers.get("Allow") == "GET":  # HEAD has a route of its own
+            headers["Allow"] = "GET, HEAD"
         if error.status_code == 404:
             said = f"there is no {request.url.path} here: GET /openapi.json lists what there is"
         elif error.status_code == 405:
             said = f"{request.url.path} does not take {request.method}"
         elif error.status_code == 400:
             said = "the body is not JSON that can be read: send UTF-8, and numbers and nesting of a sensible size"
-        return ApiError(error.status_code, said, headers=error.headers).response()
+        return ApiError(error.status_code, said, headers=headers).response()
 
     @app.exception_handler(EngineStoppedError)
     async def stopped(_: Request, error: EngineStoppedError) -> Response:
         return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error)).response()
-
-
-def explain(errors: Sequence[Any]) -> ApiError:
-    """The first thing that is wrong with a body, in words."""
-    first = errors[0]
-    location = [str(part) for part in first["loc"]]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
-    if len(location) < 2:
-        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
-    field = location[1]
-    if first["type"] == "extra_forbidden":
-        path = ".".join(part for part in location[1:-1] if PART.match(part))
-        name = f"{path}.{location[-1]}" if path else location[-1]
-        return ApiError(400, f"{name} is not a field that is known here: leave it out", field)
-    if field in UNSUPPORTED:
-        return ApiError(400, f"{field} is not supported: leave it out", field)
-    if field in FORMS:
-        return ApiError(400, f"{field}: give {FORMS[field]}", field)
-    # A value that may be of several types has an error for each; the innermost tells most.
-    same = [error for error in errors if error["loc"][1] == first["loc"][1]]
-    deepest = max(same, key=lambda error: len(error["loc"]))
-    where = ".".join(part for part in map(str, deepest["loc"][1:]) if PART.match(part))
-    return ApiError(400, f"{where}: {deepest['msg']}", field)

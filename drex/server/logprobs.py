@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 from drex.engine.detokenizer import Detokenizer
 from drex.outputs import TokenOutput
 from drex.server.replies import ChatLogprobs, CompletionLogprobs, TopLogprob
+from drex.server.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LEAST = -9999.0
 """JSON has no infinity."""
-REPLACEMENT = "\ufffd"
 
 
 class TokenTexts:
-    """Texts of single tokens, each looked up once.
+    """Texts and bytes of single tokens; texts are each looked up once.
 
     Args:
         tokenizer: None: all are empty.
@@ -26,6 +26,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
+        self._bytes = TokenBytes(tokenizer)
         self._known: dict[int, str] = {}
 
     def alone(self, token_id: int) -> str:
@@ -39,6 +40,11 @@ class TokenTexts:
     def of(self, token: TokenOutput) -> str:
         """What a token brought to its text; where that is nothing, what it is by itself."""
         return token.text or self.alone(token.id)
+
+    def bytes_of(self, token_id: int, text: str) -> list[int] | None:
+        """The bytes of a token that has a text, its own alone where it is a part of a character; None if not known."""
+        found = self._bytes.of(token_id, text)
+        return None if found is None else list(found)
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """What each of some tokens brings to their text; joined, they are that text."""
@@ -106,10 +112,10 @@ def chat_logprobs(texts: TokenTexts, tokens: Iterable[TokenOutput]) -> ChatLogpr
     return {
         "content": [
             {
-                **_entry(texts.of(token), token.logprob),
+                **_entry(texts, token.id, texts.of(token), token.logprob),
                 "top_logprobs": [
-                    _entry(texts.of(token) if token_id == token.id else texts.alone(token_id), logprob)
-                    for token_id, logprob in token.top_logprobs
+                    _entry(texts, other, texts.of(token) if other == token.id else texts.alone(other), logprob)
+                    for other, logprob in token.top_logprobs
                 ],
             }
             for token in tokens
@@ -118,6 +124,5 @@ def chat_logprobs(texts: TokenTexts, tokens: Iterable[TokenOutput]) -> ChatLogpr
     }
 
 
-def _entry(text: str, logprob: float) -> TopLogprob:
-    whole = REPLACEMENT not in text
-    return {"token": text, "logprob": max(logprob, LEAST), "bytes": list(text.encode()) if whole else None}
+def _entry(texts: TokenTexts, token_id: int, text: str, logprob: float) -> TopLogprob:
+    return {"token": text, "logprob": max(logprob, LEAST), "bytes": texts.bytes_of(token_id, text)}

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from drex import __version__
@@ -63,10 +63,12 @@ def routes(serving: Serving) -> APIRouter:
         return Response(serving.telemetry.render(report), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/live", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})
-    async def live() -> Response:
+    async def live(request: Request) -> Response:
         """The engine's state, about five times a second, as server-sent events."""
         watch.check_room()
-        return EventStream(watch.events(), serving.settings.body_timeout)
+        # A stream has no end, and so the server could not leave it out.
+        events = _nothing() if request.method == "HEAD" else watch.events()
+        return EventStream(events, serving.settings.body_timeout)
 
     return router
 
@@ -93,6 +95,11 @@ def _card(serving: Serving, name: str) -> ModelCard:
         "max_model_len": llm.config.max_model_len,
         "early_exit": exits,
     }
+
+
+async def _nothing() -> AsyncGenerator[bytes, None]:
+    return
+    yield b""
 
 
 class Watch:

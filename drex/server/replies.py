@@ -11,12 +11,12 @@ FinishReason = Literal["stop", "length"]
 
 
 class ErrorDetail(TypedDict):
-    """`code` is the HTTP status; `param` the field that is at fault, if one is."""
+    """`code` is the HTTP status, or a name of OpenAI's for the error; `param` the field that is at fault, if one is."""
 
     message: str
     type: str
     param: str | None
-    code: int
+    code: int | str
 
 
 class ErrorReply(TypedDict):
@@ -100,7 +100,7 @@ class Completion(TypedDict):
 
 
 class TopLogprob(TypedDict):
-    """A token that could have come; `bytes` is null where the token ends inside a character."""
+    """A token that could have come; `bytes` are its own, also inside a character, or null where they are not known."""
 
     token: str
     logprob: float

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from drex.config import EarlyExit
+from drex.generation_config import GenerationDefaults
 from drex.request import SamplingParams
 from drex.server.errors import ApiError
-from drex.server.schema import EarlyExitOptions, Generation
+from drex.server.schema import NO_LIMIT, EarlyExitOptions, Generation
 
 DIRECT = (
     *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
@@ -16,12 +17,17 @@ DIRECT = (
 
 
 def sampling_params(
-    body: Generation, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
+    body: Generation,
+    defaults: GenerationDefaults,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """Sampling settings of a request.
 
     Args:
         body: of the request.
+        defaults: of the fields that it leaves open.
         max_tokens: at least 1.
         logprobs, prompt_logprobs: most likely tokens to report, for the output and for the prompt.
 
@@ -32,7 +38,7 @@ def sampling_params(
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     try:
         return SamplingParams(
-            **{name: value for name, value in given.items() if value is not None},
+            **{**defaults.sampling, **{name: value for name, value in given.items() if value is not None}},
             max_tokens=max_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -59,8 +65,26 @@ def scores_exits(body: Generation) -> bool:
     return isinstance(body.early_exit, EarlyExitOptions) and body.early_exit.score
 
 
-def check_length(asked: int, most: int, field: str) -> int:
-    """A number of output tokens; raises ApiError (400) for one that no prompt leaves room for."""
+def wanted_tokens(body: Generation, field: str, most: int, default: int, least: int = 1) -> int:
+    """Output tokens that a request asks for.
+
+    Args:
+        body: of the request.
+        field: that holds the number; NO_LIMIT asks for as many as there is room for.
+        most: tokens that a request may have.
+        default: where the field is left out.
+        least: smaller numbers are refused.
+
+    Raises:
+        ApiError: 400, a number that no prompt leaves room for, or one that is too small.
+    """
+    asked: int | None = getattr(body, field)
+    if asked is None:
+        return min(default, most)
+    if asked == NO_LIMIT:
+        return most
+    if asked < least:
+        raise ApiError(400, f"{field} is {asked}: give at least {least}, or {NO_LIMIT} for no limit", field)
     if asked > most:
         raise ApiError(400, f"{field} is {asked} and max_model_len is {most}, prompt included: ask for less", field)
     return asked

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from drex.engine.async_engine import AsyncEngine
 from drex.engine.streams import Stream
-from drex.intake import check_unicode
+from drex.intake import ContextLengthError, check_unicode
 from drex.llm import LLM
 from drex.request import Request
 from drex.server.errors import ApiError
@@ -79,8 +79,8 @@ class Serving:
         """Raise ApiError (400) for text that has no tokens, or more than fit however it is tokenised."""
         most = self.llm.config.max_model_len
         if self._longest_token and len(text) > most * self._longest_token:
-            said = f"{field} has {len(text)} characters, more than {most} tokens (max_model_len) can hold: shorten it"
-            raise ApiError(400, said, field)
+            said = f"{field} has {len(text)} characters, more than these can hold"
+            raise ApiError.of(ContextLengthError(most, said, "shorten it"), [field])
         try:
             check_unicode(text)
         except ValueError as error:

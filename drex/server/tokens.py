@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from fastapi import APIRouter, Response
 
-from drex.server.chat import conversation
+from drex.server.chat import chat_prompt, conversation
 from drex.server.errors import ApiError, documented
 from drex.server.replies import Text, Tokens
 from drex.server.schema import DetokenizeRequest, TokenizeRequest
@@ -22,7 +22,7 @@ def routes(serving: Serving) -> APIRouter:
     @router.post("/tokenize", responses=documented(Tokens))
     async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a prompt, or of messages under the chat template."""
-        serving.check_model(body.model)
+        serving.check_model(body.model or None)
         ids = await serving.prepare(_tokenization(serving, body), list(TokenizeRequest.model_fields))
         found: Tokens = {
             "count": len(ids),
@@ -35,7 +35,7 @@ def routes(serving: Serving) -> APIRouter:
     @router.post("/detokenize", responses=documented(Text))
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids."""
-        serving.check_model(body.model)
+        serving.check_model(body.model or None)
         tokenizer = llm.tokenizer
         if tokenizer is None:
             raise ApiError(400, "the model has no tokeniser: there is no text")
@@ -52,12 +52,12 @@ def routes(serving: Serving) -> APIRouter:
 
 def _tokenization(serving: Serving, body: TokenizeRequest) -> Callable[[], list[int]]:
     """What is to be run beside the event loop; raises ApiError (400) for a body that asks for nothing or for both."""
-    intake, tokenizer, prompt = serving.llm.intake, serving.llm.tokenizer, body.prompt
+    tokenizer, prompt = serving.llm.tokenizer, body.prompt
     if (prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt or messages", "prompt")
     if prompt is None:
         messages = conversation(body.messages or (), serving)
-        return lambda: intake.chat_prompt(messages)
+        return lambda: chat_prompt(messages, body, serving)
     if tokenizer is None:
         raise ApiError(400, "the model has no tokeniser: there is nothing to tokenise with")
     serving.check_text(prompt, "prompt")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from typing import Any
 
+import httpx
 import openai
 import pytest
-from server_fixtures import NAME
+from server_fixtures import NAME, serving, url
+from tokenizers.processors import TemplateProcessing
 
 from drex import LLM, EarlyExit, SamplingParams
 
@@ -150,6 +153,26 @@ def test_text_of_characters_that_are_several_tokens(client: openai.OpenAI, llm: 
     assert reply.choices[0].text == prompt
     assert len(log.tokens) == len(llm.check(prompt)) > len(prompt)
     assert log.text_offset[-1] <= len(prompt)
+
+
+def test_an_empty_prompt_is_what_the_tokeniser_makes_of_it(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm()
+    assert llm.tokenizer is not None
+    first = llm.tokenizer.convert_ids_to_tokens(5)
+    llm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{first} $A", special_tokens=[(first, 5)])
+    [wanted] = llm.generate([[5]], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+    with serving(llm) as running:
+        for prompt, tokens in (("", 1), (["", "the"], 3)):
+            body = {"prompt": prompt, "temperature": 0, "max_tokens": 5, "ignore_eos": True}
+            reply = httpx.post(f"{url(running)}/v1/completions", json=body, timeout=30)
+            assert reply.status_code == 200, reply.text
+            assert reply.json()["usage"]["prompt_tokens"] == tokens
+            assert reply.json()["choices"][0]["text"] == wanted.outputs[0].text
+        for most in (0, 1):
+            body = {"prompt": "", "max_tokens": most, "echo": True, "logprobs": 1}
+            echoed = httpx.post(f"{url(running)}/v1/completions", json=body, timeout=30).json()["choices"][0]
+            assert echoed["logprobs"]["tokens"][0] == first
+            assert len(echoed["logprobs"]["token_logprobs"]) == 1 + most
 
 
 # Streams

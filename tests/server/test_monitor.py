@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import openai
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from server_fixtures import NAME
 
@@ -132,3 +133,23 @@ def test_the_live_view_shows_the_engine_at_work(client: openai.OpenAI, base: str
     assert states[2]["tokens"] > states[0]["tokens"]
     assert [segment["passes"] for segment in states[2]["segments"]] > [s["passes"] for s in states[0]["segments"]]
     assert 0.15 < states[2]["time"] - states[1]["time"] < 1
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/version", "/metrics", "/v1/models", f"/v1/models/{NAME}", "/live", "/openapi.json", "/"]
+)
+def test_head_is_answered_where_get_is_and_ends_without_a_body(base: str, path: str) -> None:
+    with httpx.stream("GET", f"{base}{path}", timeout=10) as got:
+        expected = got.status_code, got.headers["content-type"] if path != "/health" else None
+    head = httpx.head(f"{base}{path}", timeout=10)
+    assert (head.status_code, head.headers.get("content-type")) == expected
+    assert head.content == b""
+
+
+def test_head_is_refused_where_only_post_is(base: str) -> None:
+    assert httpx.head(f"{base}/v1/completions").status_code == 405
+    assert httpx.head(f"{base}/v1/models/nothing").status_code == 404
+    wrong = httpx.post(f"{base}/health")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET, HEAD")
+    paths = httpx.get(f"{base}/openapi.json").json()["paths"]
+    assert all("head" not in operations for operations in paths.values())
