@@ -6,7 +6,6 @@ same K/V pool in turn, so that memory is equal by construction.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -33,6 +32,7 @@ from drex.engine.torch_executor import TorchExecutor
 from drex.intake import load_tokenizer
 from drex.runner import build_runner
 from drex.sim.shapes import Shape, shape_named
+from drex.text_files import read_json_lines
 from drex.tuning.corpus import split_held_out, standard_library
 from drex.tuning.profile_cache import obtain
 
@@ -178,8 +178,7 @@ def read_prompts(path: str | Path, subject: Subject) -> list[tuple[int, ...]]:
     """
     tokenizer = load_tokenizer(subject.model.folder)
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        found = [json.loads(line)["prompt"] for line in lines if line.strip()]
+        found = [each["prompt"] for each in read_json_lines(path)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path}: expected JSON lines with a "prompt" ({error!r})') from error
     prompts: list[tuple[int, ...]] = []

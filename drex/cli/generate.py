@@ -29,6 +29,7 @@ from drex.cli.common import (
 )
 from drex.outputs import ExitStats, TokenOutput
 from drex.request import SamplingParams
+from drex.text_files import decode, read_lines, read_text
 
 DEPTH_COLOURS = ("green", "yellow", "cyan", "magenta", "blue")
 """Of the exits, first to last; tokens of full depth keep the terminal's own colour."""
@@ -145,7 +146,7 @@ def _read_jobs(prompt: str | None, file: Path | None, jsonl: Path | None) -> lis
         if jsonl is not None:
             return _read_jsonl(jsonl)
         if file is not None:
-            return [Job(file.read_text(encoding="utf-8"))]
+            return [Job(read_text(file))]
     except OSError as error:
         raise ValueError(f"cannot read {jsonl or file} ({error.strerror}): name a file that is there") from error
     except UnicodeDecodeError as error:
@@ -154,14 +155,19 @@ def _read_jobs(prompt: str | None, file: Path | None, jsonl: Path | None) -> lis
         return [Job(prompt)]
     if sys.stdin.isatty() and prompt is None:
         raise ValueError('no prompt: give one, as in drex generate "def main():", or --file, --jsonl or standard input')
-    return [Job(sys.stdin.read())]
+    return [Job(_standard_input())]
+
+
+def _standard_input() -> str:
+    try:
+        return decode(sys.stdin.buffer.read())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text ({error.reason}): convert it") from error
 
 
 def _read_jsonl(path: Path) -> list[Job]:
     jobs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         try:
             jobs.append(Job(json.loads(line)["prompt"]))
         except (ValueError, KeyError, TypeError):

@@ -22,6 +22,7 @@ from drex.cli.common import (
     ThresholdsOption,
     early_exit_from,
 )
+from drex.text_files import read_text
 
 if TYPE_CHECKING:
     from drex.llm import LLM
@@ -132,6 +133,6 @@ def _use_template(llm: LLM, path: Path) -> None:
     if llm.tokenizer is None:
         raise ValueError("--chat-template: the model has no tokeniser; name one with --tokenizer")
     try:
-        llm.tokenizer.chat_template = path.read_text(encoding="utf-8")
+        llm.tokenizer.chat_template = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--chat-template {path} can't be read ({error}): name a Jinja file") from error
