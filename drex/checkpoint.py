@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from drex.text_files import read_text
+
 EARLY_EXIT_FILE = "early_exit.json"
 EXIT_WEIGHTS_FILE = "early_exit/heads.safetensors"
 """In a folder of its own: vLLM and SGLang read every safetensors file that lies beside the model's, and refuse it."""
@@ -60,7 +62,7 @@ def read_early_exit(folder: str | Path, num_layers: int) -> EarlyExitFile | None
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); mend it, or remove it and name the exits") from error
     try:
@@ -113,6 +115,10 @@ def _parse_exit(raw: Any, folder: Path) -> ExitSpec:
 
 def check_exit_layers(layers: list[int], num_layers: int) -> None:
     """Raise ValueError unless `layers` ascend and lie in [1, num_layers - 1]."""
+    if num_layers == 1 and layers:
+        raise ValueError(
+            f"exit after layer {layers[0]}: the model has one layer, so it can't exit early; name no exits"
+        )
     for layer in layers:
         if not 1 <= layer < num_layers:
             raise ValueError(

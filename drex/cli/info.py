@@ -45,7 +45,7 @@ def info(
 
 def describe(found: ModelFacts) -> dict[str, Any]:
     """The facts as JSON-ready values; sizes in bytes, as they are once loaded. No weights are read."""
-    from drex.compute.weights import TensorFiles
+    from drex.compute.weight_files import TensorFiles
 
     spec, plan, size = found.spec, found.exits, found.dtype.itemsize
     slot = spec.kv_values_per_slot * size

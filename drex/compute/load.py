@@ -77,6 +77,11 @@ def pick_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dtype
     """`auto` is the checkpoint's, but float32 on a CPU that is slower in 16 bit."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if dtype == "auto" and spec.dtype not in DTYPES[1:]:
+        raise ValueError(
+            f"config.json names dtype {spec.dtype!r}, which drex does not compute in: name another with dtype "
+            f"(--dtype), one of {', '.join(DTYPES[1:])}"
+        )
     if dtype == "auto":
         slow = device.type == "cpu" and (spec.dtype == "float16" or not has_fast_bfloat16(device))
         dtype = "float32" if slow else spec.dtype
