@@ -7,10 +7,9 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from drex.compute.load import LoadedModel
 from drex.config import EarlyExit, EngineConfig, ExitRule, check_lossless
@@ -174,14 +173,3 @@ def check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the text has half a surrogate pair at character {error.start}: leave it out") from error
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokeniser in a folder, or of a hub id; None for a folder that has none."""
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return None
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{folder}: the tokeniser can't be loaded ({error}); fetch the model again") from error
-    return tokenizer

@@ -17,10 +17,11 @@ from drex.control.scheduler import Scheduler
 from drex.engine.client import EngineClient
 from drex.engine.engine import Engine
 from drex.engine.torch_executor import TorchExecutor
-from drex.intake import Intake, Message, Prompt, load_tokenizer
+from drex.intake import Intake, Message, Prompt
 from drex.outputs import Chunk, CompletionOutput, ExitStats, RequestOutput, Scored
 from drex.request import Request, SamplingParams
 from drex.runner import build_runner, fit
+from drex.tokenizer import load_tokenizer
 from drex.tuning.profile_cache import obtain
 
 
@@ -100,7 +101,7 @@ class LLM:
         self.model: LoadedModel = load_model(inspect_model(model, exits, dtype, device))
         check_lossless(run_ahead, self.model.exits.kv_fill)
         self.config = fit(asked, self.model, max_model_len, gpu_memory_utilization)
-        self.tokenizer = load_tokenizer(self.model.folder if tokenizer is None else Path(tokenizer))
+        self.tokenizer = load_tokenizer(self.model.folder if tokenizer is None else tokenizer)
         runner = build_runner(self.model, self.config, kernels, enforce_eager=enforce_eager)
         self.profile = obtain(profile, runner, self.config, self.model.exits, threads)
         scheduler = Scheduler(self.config, self.model.layout, self.model.exits.kv_fill, CostModel(self.profile))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+MARKS = (codecs.BOM_UTF8, *UTF16_MARKS)
 
 
 def decode(content: bytes) -> str:

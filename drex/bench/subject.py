@@ -29,10 +29,10 @@ from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
 from drex.engine.engine import Engine
 from drex.engine.torch_executor import TorchExecutor
-from drex.intake import load_tokenizer
 from drex.runner import build_runner
 from drex.sim.shapes import Shape, shape_named
 from drex.text_files import read_json_lines
+from drex.tokenizer import load_tokenizer
 from drex.tuning.corpus import split_held_out, standard_library
 from drex.tuning.profile_cache import obtain
 
@@ -176,7 +176,7 @@ def read_prompts(path: str | Path, subject: Subject) -> list[tuple[int, ...]]:
     Raises:
         ValueError: a file that can't be read, or text where the model has no tokeniser.
     """
-    tokenizer = load_tokenizer(subject.model.folder)
+    tokenizer = load_tokenizer(subject.model.folder) if subject.label == TRAINED else None
     try:
         found = [each["prompt"] for each in read_json_lines(path)]
     except (OSError, ValueError, KeyError, TypeError) as error:

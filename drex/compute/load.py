@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
@@ -34,8 +35,12 @@ class LoadedModel:
     layout: SlotLayout
 
 
-def find_model(model: str | Path | None) -> Path:
+def find_model(model: str | Path | None, files_of_hub: Sequence[str] = HUB_FILES) -> Path:
     """The folder of a model; None is the bundled one.
+
+    Args:
+        model: folder or hub id.
+        files_of_hub: patterns of the files to fetch, where it is a hub id.
 
     Raises:
         ValueError: neither a folder nor a hub id that can be fetched.
@@ -45,6 +50,8 @@ def find_model(model: str | Path | None) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
+    if path.is_file():
+        raise ValueError(f"no model at {model}, which is a file: name a Hugging Face model folder or a hub id")
     name = str(model)
     if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
         raise ValueError(f"no model at {name}: name a Hugging Face model folder or a hub id such as org/name")
@@ -52,7 +59,7 @@ def find_model(model: str | Path | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=list(files_of_hub)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
