@@ -5,18 +5,15 @@ from __future__ import annotations
 import itertools
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from drex.compute.load import LoadedModel
 from drex.config import EarlyExit, EngineConfig, ExitRule, check_lossless
+from drex.prompts import Message, Prompt, check_prompt, kind, plain_messages
 from drex.request import Request, SamplingParams
-
-Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
 
 
 class Intake:
@@ -85,8 +82,9 @@ class Intake:
         """Token ids of a prompt, special tokens as the tokeniser adds them; ids pass through.
 
         Raises:
-            ValueError: an empty prompt, or text without a tokeniser.
+            ValueError: an empty prompt, another kind of value, or text without a tokeniser.
         """
+        check_prompt(prompt)
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("the model folder has no tokeniser: give prompts as token ids, or name a tokenizer")
@@ -104,15 +102,15 @@ class Intake:
         """Token ids of a conversation under the model's chat template, ready for the assistant's turn."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise ValueError("the model has no chat template: use generate, or set chat_template in its tokenizer")
-        if not messages:
-            raise ValueError("messages is empty: give at least one")
+        plain = plain_messages(messages)
+        for message in plain:
+            check_unicode(message["content"])
         try:
             with self._tokenizing:
-                ids = self.tokenizer.apply_chat_template(
-                    [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
-                )
+                ids = self.tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
         except Exception as error:  # the template is a program of the model's author: it may raise anything
-            raise ValueError(f"the chat template does not take these messages: {error}") from error
+            said = " ".join(str(error).split())
+            raise ValueError(f"the chat template does not take these messages: {said}") from error
         assert isinstance(ids, list)
         return [int(token) for token in ids]  # type: ignore[arg-type]
 
@@ -164,7 +162,10 @@ class Intake:
             raise ValueError(f"{length} tokens, and max_model_len is {self.config.max_model_len}: shorten the text")
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= self._last_token:
-                raise ValueError(f"the prompt has token id {token!r}: the vocabulary has ids 0..{self._last_token}")
+                of_type = "" if isinstance(token, int) else f" ({kind(token)})"
+                raise ValueError(
+                    f"the prompt has token id {token!r}{of_type}: the vocabulary has ids 0..{self._last_token}"
+                )
 
 
 def check_unicode(text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from drex.control.scheduler import Scheduler
 from drex.engine.client import EngineClient
 from drex.engine.engine import Engine
 from drex.engine.torch_executor import TorchExecutor
-from drex.intake import Intake, Message, Prompt
+from drex.intake import Intake
 from drex.outputs import Chunk, CompletionOutput, ExitStats, RequestOutput, Scored
+from drex.prompts import Message, Prompt, list_conversations, list_prompts, list_token_ids
 from drex.request import Request, SamplingParams
 from drex.runner import build_runner, fit
 from drex.tokenizer import load_tokenizer
@@ -128,7 +129,7 @@ class LLM:
         Raises:
             ValueError: a prompt or setting that can't be served; nothing is generated then.
         """
-        listed = _listed(prompts)
+        listed = list_prompts(prompts)
         params = _spread(sampling_params, len(listed))
         groups = [self.intake.requests(prompt, p) for prompt, p in zip(listed, params, strict=True)]
         done = self._run([request for group in groups for request in group], progress=use_tqdm and len(listed) > 1)
@@ -143,13 +144,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """Generate the next turn of one or many conversations, each a list of {"role", "content"}.
 
+        A content is text, or a list of {"type": "text", "text"}, as over HTTP.
+
         Raises:
             ValueError: no chat template, or messages it does not take.
         """
-        if not messages:
-            raise ValueError("messages is empty: give at least one")
-        conversations = [messages] if isinstance(messages[0], Mapping) else messages
-        prompts = [self.intake.chat_prompt(conversation) for conversation in conversations]  # type: ignore[arg-type]
+        prompts = [self.intake.chat_prompt(conversation) for conversation in list_conversations(messages)]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(
@@ -164,7 +164,7 @@ class LLM:
         Raises:
             ValueError: a prompt or setting that can't be served; nothing is generated then.
         """
-        listed = _listed(prompts)
+        listed = list_prompts(prompts)
         params = _spread(sampling_params, len(listed))
         groups = [self.intake.requests(prompt, p) for prompt, p in zip(listed, params, strict=True)]
         return self._stream({r.request_id: (number, r) for number, group in enumerate(groups) for r in group})
@@ -196,8 +196,7 @@ class LLM:
         Raises:
             ValueError: a sequence that is too short, too long, or has a token id outside of the vocabulary.
         """
-        sequences: list[Any] = list(token_ids) if token_ids and not isinstance(token_ids[0], int) else [token_ids]
-        requests = [self.intake.scoring(ids, early_exit) for ids in sequences]
+        requests = [self.intake.scoring(ids, early_exit) for ids in list_token_ids(token_ids)]
         done = self._run(requests, progress=use_tqdm and len(requests) > 1, text="scoring")
         return [self._scored(request, done[request.request_id]) for request in requests]
 
@@ -241,14 +240,6 @@ class LLM:
         """Exits, involuntary exits and stays of everything in `outputs`."""
         tokens = (token for output in outputs for sample in output.outputs for token in sample.tokens)
         return ExitStats.of(tokens, self.model.decoder.spec.num_layers)
-
-
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
 
 
 def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
