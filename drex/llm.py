@@ -21,7 +21,7 @@ from drex.intake import Intake
 from drex.outputs import Chunk, CompletionOutput, ExitStats, RequestOutput, Scored
 from drex.prompts import Message, Prompt, list_conversations, list_prompts, list_token_ids
 from drex.request import Request, SamplingParams
-from drex.runner import build_runner, fit
+from drex.runner import build_runner, fit, out_of_memory_refused
 from drex.tokenizer import load_tokenizer
 from drex.tuning.profile_cache import obtain
 
@@ -37,11 +37,13 @@ class LLM:
             or `float64`.
         device: `auto`, or a torch device.
         policy: `drex` (rebatching), `split` (flush at once) or `full` (no exits).
-        max_model_len: tokens a request may have, prompt and output; None is what the checkpoint was made for.
+        max_model_len: tokens a request may have, prompt and output; None is what the checkpoint was made for, or its
+            sliding window where that is shorter.
         max_num_seqs: requests in flight.
         max_num_batched_tokens: rows a pass may have; longer prompts are chunked.
         kv_cache_tokens: tokens for which there is K/V memory; None is enough for `max_num_seqs` requests of
-            `max_model_len`, within 1 GiB on a CPU and `gpu_memory_utilization` on a GPU.
+            `max_model_len`, within `gpu_memory_utilization` on a GPU and 1 GiB on a CPU, or more where one request
+            takes more, which is logged.
         max_fill_rows, max_wait_passes, max_slowdown, adaptive: of the rebatching, see `EngineConfig`.
         run_ahead: `trusted` (requests draft on while they wait; the same tokens as early exit), `off`, or `lossless`,
             which gives the full-depth model's own tokens, thresholds steering speed only; it needs `recompute`.
@@ -105,7 +107,8 @@ class LLM:
         self.tokenizer = load_tokenizer(self.model.folder if tokenizer is None else tokenizer)
         runner = build_runner(self.model, self.config, kernels, enforce_eager=enforce_eager)
         self.profile = obtain(profile, runner, self.config, self.model.exits, threads)
-        scheduler = Scheduler(self.config, self.model.layout, self.model.exits.kv_fill, CostModel(self.profile))
+        with out_of_memory_refused(self.config, self.model.decoder.device):
+            scheduler = Scheduler(self.config, self.model.layout, self.model.exits.kv_fill, CostModel(self.profile))
         self.engine = Engine(scheduler, TorchExecutor(runner), self.tokenizer)
         self.intake = Intake(self.model, self.config, self.tokenizer, scheduler.admission.check_fits)
         self._client = EngineClient(self.engine)

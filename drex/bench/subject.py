@@ -19,7 +19,7 @@ from drex.compute.decoder import Decoder, LayerWeights
 from drex.compute.device import has_fast_bfloat16
 from drex.compute.heads import ExitHead
 from drex.compute.linear import linear
-from drex.compute.load import LoadedModel, inspect_model, load_model, pick_device
+from drex.compute.load import LoadedModel, inspect_model, load_model, pick_device, request_length
 from drex.compute.segments import SegmentRunner
 from drex.compute.spec import ModelSpec
 from drex.config import EarlyExit, EngineConfig, ExitPlan, ExitRule, policy_settings
@@ -89,16 +89,30 @@ class Subject:
         return self._runners[segments]
 
 
-def trained(model: str | Path | None, early_exit: EarlyExit | None, dtype: str, config: EngineConfig) -> Subject:
+def trained(
+    model: str | Path | None,
+    early_exit: EarlyExit | None,
+    dtype: str,
+    config: EngineConfig,
+    max_model_len: int | None = None,
+) -> Subject:
     """A checkpoint with its own exits.
+
+    Args:
+        model, early_exit, dtype: as of `LLM`.
+        config: of the engines; its `max_model_len` is cut to what the model has.
+        max_model_len: tokens of a request that the model must have; None: none.
 
     Raises:
         ValueError: a model that can't be loaded, or one without exit points.
     """
-    loaded = load_model(inspect_model(model, early_exit, dtype, "auto"))
+    facts = inspect_model(model, early_exit, dtype, "auto")
+    if max_model_len is not None:
+        request_length(facts.spec, max_model_len)
+    loaded = load_model(facts)
     if not loaded.exits.exits:
         raise ValueError("the model has no exit points to benchmark: name them, as in --exits 8 --thresholds 0.8")
-    length = min(config.max_model_len, loaded.decoder.spec.max_length)
+    length = min(config.max_model_len, loaded.decoder.spec.longest_request)
     return Subject(loaded.folder.name, TRAINED, loaded, replace(config, max_model_len=length))
 
 

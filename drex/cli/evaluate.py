@@ -11,7 +11,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from drex.cli.common import CriterionOption, DtypeOption, ExitsOption, KvFillOption, parse_floats, parse_ints
+from drex.cli.common import (
+    CriterionOption,
+    DtypeOption,
+    ExitsOption,
+    KvFillOption,
+    MaxModelLenOption,
+    parse_floats,
+    parse_ints,
+)
 from drex.config import EarlyExit
 
 
@@ -26,6 +34,7 @@ def evaluate(
     criterion: CriterionOption = None,
     kv_fill: KvFillOption = None,
     dtype: DtypeOption = "auto",
+    max_model_len: MaxModelLenOption = None,
     tokens: Annotated[int, typer.Option(help="About how many tokens to score.")] = 32768,
     held_out_share: Annotated[float, typer.Option(help="Of --stdlib, as in training.")] = 0.02,
     set_within: Annotated[
@@ -53,7 +62,7 @@ def evaluate(
         criterion=criterion,
         kv_fill=kv_fill,
     )
-    llm = LLM(model, early_exit=settings, dtype=dtype)
+    llm = LLM(model, early_exit=settings, dtype=dtype, max_model_len=max_model_len)
     documents = split_held_out(standard_library(), held_out_share)[1] if stdlib else read_documents(text or ())
     blocks = held_out_blocks(llm, documents, tokens)
     if confidences_file is not None:

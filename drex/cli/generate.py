@@ -21,6 +21,7 @@ from drex.cli.common import (
     DtypeOption,
     ExitsOption,
     KvFillOption,
+    MaxModelLenOption,
     ModelOption,
     PolicyOption,
     RunAheadOption,
@@ -73,6 +74,7 @@ def generate(
     run_ahead: RunAheadOption = "trusted",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    max_model_len: MaxModelLenOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests in flight.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line and prompt.")] = False,
 ) -> None:
@@ -99,6 +101,7 @@ def generate(
         device=device,
         policy=policy,
         run_ahead=run_ahead,
+        max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
     )
     layers = llm.model.decoder.spec.num_layers

@@ -16,6 +16,7 @@ from drex.cli.common import (
     DtypeOption,
     ExitsOption,
     KvFillOption,
+    MaxModelLenOption,
     MaxSlowdownOption,
     PolicyOption,
     RunAheadOption,
@@ -46,7 +47,7 @@ def serve(
     profile: Annotated[
         str | None, typer.Option(help="What passes cost here: a file of drex profile --out, nominal, or measure.")
     ] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Tokens of a request, prompt and output.")] = None,
+    max_model_len: MaxModelLenOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests in flight.")] = 64,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Rows a pass may have.")] = 512,
     kv_cache_tokens: Annotated[int | None, typer.Option(help="Tokens for which there is K/V memory.")] = None,

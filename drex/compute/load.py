@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -20,6 +21,7 @@ from drex.compute.weights import load_decoder, load_exit_head
 from drex.config import DTYPES, EarlyExit, ExitPlan, resolve_exits
 from drex.control.slots import SlotLayout
 
+log = logging.getLogger(__name__)
 BUNDLED = "drex-stdlib-10m"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
@@ -127,14 +129,51 @@ def inspect_model(model: str | Path | None, early_exit: EarlyExit | None, dtype:
     return ModelFacts(folder, spec, exits, on, pick_dtype(dtype, spec, on))
 
 
+def request_length(spec: ModelSpec, asked: int | None) -> int:
+    """Tokens that a request may have, prompt and output: `max_model_len` resolved.
+
+    Args:
+        spec: of the model.
+        asked: None is what the checkpoint was made for, or its sliding window where that is shorter.
+
+    Raises:
+        ValueError: more than the model has.
+    """
+    most, window = spec.longest_request, spec.sliding_window
+    if asked is None and most < spec.max_length:
+        log.warning(
+            "max_model_len is %d, and the checkpoint was made for %d tokens: its layers look back no further than that "
+            "(sliding_window), which drex does not do",
+            most,
+            spec.max_length,
+        )
+    if asked is None:
+        return most
+    if asked > spec.max_length:
+        raise ValueError(f"max_model_len is {asked}: the checkpoint was made for at most {spec.max_length} tokens")
+    if asked > most:
+        raise ValueError(
+            f"max_model_len is {asked}: the model looks back {window} tokens only (sliding_window), which drex does "
+            f"not do: set it to at most {window}"
+        )
+    if asked < 1:
+        raise ValueError(f"max_model_len is {asked}: give at least 1")
+    return asked
+
+
 def load_model(facts: ModelFacts) -> LoadedModel:
     """Read the weights, onto the device.
 
     Raises:
-        ValueError: weights that are missing or corrupt, or exits without the probes that their criterion takes.
+        ValueError: weights that are missing, corrupt or too large for the memory,
+            or exits without the probes that their criterion takes.
     """
     folder, spec, on, dtype = facts.folder, facts.spec, facts.device, facts.dtype
-    heads = tuple(load_exit_head(folder, spec, exit_spec, on, dtype) for exit_spec in facts.exits.exits)
-    if facts.exits.rule.criterion == "probe" and any(probe is None for _, probe in heads):
-        raise ValueError("criterion 'probe' needs exits.N.probe.weight and .bias in the exit weights of every exit")
-    return LoadedModel(folder, load_decoder(folder, spec, on, dtype), heads, facts.exits, facts.layout)
+    try:
+        heads = tuple(load_exit_head(folder, spec, exit_spec, on, dtype) for exit_spec in facts.exits.exits)
+        if facts.exits.rule.criterion == "probe" and any(probe is None for _, probe in heads):
+            raise ValueError("criterion 'probe' needs exits.N.probe.weight and .bias in the exit weights of every exit")
+        decoder = load_decoder(folder, spec, on, dtype)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"the GPU has no room for the weights ({error}): use a smaller dtype or model") from error
+    return LoadedModel(folder, decoder, heads, facts.exits, facts.layout)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from drex.checkpoint import ExitSpec
 from drex.compute.decoder import Decoder, LayerWeights
+from drex.compute.device import memory_bytes
 from drex.compute.heads import ExitHead
 from drex.compute.linear import Linear, can_pack, linear, pack_inside
 from drex.compute.spec import ModelSpec
@@ -26,8 +27,14 @@ NOT_WEIGHTS = re.compile(r"\.(inv_freq|k_scale|v_scale)$")
 
 
 def load_decoder(folder: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """Read a decoder's weights, q, k, v and gate, up fused."""
+    """Read a decoder's weights, q, k, v and gate, up fused; raises ValueError where a CPU's memory can't hold them."""
     files = TensorFiles(folder)
+    needed, memory = files.numel() * dtype.itemsize / 2**30, memory_bytes() / 2**30
+    if device.type == "cpu" and needed > memory:
+        raise ValueError(
+            f"the weights take {needed:.1f} GiB in {str(dtype).removeprefix('torch.')}, and there are {memory:.1f} GiB "
+            "of memory: use a smaller dtype (--dtype) or model"
+        )
     hidden, heads, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     qkv = {"q_proj": heads, "k_proj": kv, "v_proj": kv}
     gate_up = {"gate_proj": spec.intermediate_size, "up_proj": spec.intermediate_size}
