@@ -6,6 +6,7 @@ No torch here: control code and tools read these facts without it.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,19 @@ class EarlyExitFile:
 
 
 def write_early_exit(folder: str | Path, facts: EarlyExitFile) -> None:
-    """Write `early_exit.json` into `folder`."""
+    """Write `early_exit.json` into `folder`; one that is there is replaced whole, and where it is a link, the link.
+
+    Raises:
+        ValueError: a folder that can't be written to.
+    """
     content = {"version": VERSION, **asdict(facts)}
-    (Path(folder) / EARLY_EXIT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part = Path(folder) / f"{EARLY_EXIT_FILE}.{os.getpid()}.part"
+    try:
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, Path(folder) / EARLY_EXIT_FILE)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {EARLY_EXIT_FILE} to {folder} ({error.strerror}): copy the folder") from error
 
 
 def read_early_exit(folder: str | Path, num_layers: int) -> EarlyExitFile | None:

@@ -23,6 +23,7 @@ from drex.cli.common import (
     ThresholdsOption,
     early_exit_from,
 )
+from drex.extras import INSTALL_SERVER
 from drex.text_files import read_text
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def serve(
     """Serve a model to OpenAI's clients; Ctrl-C or SIGTERM finishes what is open and stops."""
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f'the server\'s libraries are missing ({", ".join(missing)}): pip install "drex[server]"')
+        raise ValueError(f"the server's libraries are missing ({', '.join(missing)}): {INSTALL_SERVER}")
     if not 0 <= port <= MOST_PORT:  # what listens would take the remainder
         raise ValueError(f"--port is {port}: give 1 to {MOST_PORT}, or 0 for any that is free")
     from drex.compute.load import BUNDLED
