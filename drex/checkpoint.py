@@ -74,7 +74,7 @@ def read_early_exit(folder: str | Path, num_layers: int) -> EarlyExitFile | None
         return None
     try:
         content = json.loads(read_text(path))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); mend it, or remove it and name the exits") from error
     try:
         return _parse(content, num_layers, path.parent)

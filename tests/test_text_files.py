@@ -121,3 +121,18 @@ def test_standard_input_with_a_mark_is_the_text_alone(tmp_path: Path) -> None:
     told = {"input": "text\u00e9".encode("utf-8-sig"), "env": {**os.environ, "LC_ALL": "C"}, "timeout": 120}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, **told)  # type: ignore[call-overload]
     assert done.stdout.decode().strip() == ascii("text\u00e9")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000], ids=["list", "object"])
+def test_json_nested_without_end_is_one_line(tmp_path: Path, content: str) -> None:
+    folder = shutil.copytree(find_model(None), tmp_path / "model")
+    for name in (EARLY_EXIT_FILE, "generation_config.json", "config.json"):
+        (folder / name).write_text(content)
+        with pytest.raises(ValueError, match="not readable as JSON"):
+            inspect_model(folder, None, "float32", "cpu")
+    path = tmp_path / "x.jsonl"
+    path.write_text(content + "\n")
+    assert ["line 1: expected an object" in (job.error or "") for job in _read_jobs(None, None, path)] == [True]
+    for read in (read_documents, read_texts, load_profile, read_trace):
+        with pytest.raises(ValueError, match=r"x\.jsonl"):
+            read([path] if read is read_documents else path)  # type: ignore[operator]

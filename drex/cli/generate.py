@@ -173,7 +173,7 @@ def _read_jsonl(path: Path) -> list[Job]:
     for number, line in read_lines(path):
         try:
             jobs.append(Job(json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             jobs.append(Job("", error=f'{path}, line {number}: expected an object with a "prompt"'))
             continue
         if not isinstance(jobs[-1].prompt, str | list):

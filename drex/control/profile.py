@@ -206,7 +206,7 @@ def load_profile(path: str | Path) -> Profile:
     """Read a profile's file. Raises ValueError if it is none."""
     try:
         data = json.loads(read_text(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} can't be read as a profile ({error}): make one with `drex profile`") from error
     return Profile.from_dict(data)
 

@@ -79,7 +79,7 @@ def _read_file(path: Path, name: str) -> Iterator[Document]:
             try:
                 record = json.loads(line)
                 name_of, text = f"{name}#{record.get('id', number)}", record["text"]
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f'{path}, line {number}: expected an object with a "text" field') from error
             if not isinstance(text, str):
                 raise ValueError(f'{path}, line {number}: "text" must be text')
