@@ -31,8 +31,8 @@ def read_text(path: str | Path) -> str:
     return _read(Path(path)).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_lines(path: str | Path) -> list[tuple[int, str]]:
-    r"""(number from 1, text) of each line of a JSONL file that is not blank.
+def read_lines(path: str | Path, *, skip_blank: bool = True) -> list[tuple[int, str]]:
+    r"""(number from 1, text) of each line of a JSONL file, without the blank ones unless these are asked for.
 
     Only \n ends a line: U+2028, U+0085 and other characters at which `str.splitlines` splits may stand in JSON's text.
 
@@ -40,18 +40,23 @@ def read_lines(path: str | Path) -> list[tuple[int, str]]:
         OSError: a file that can't be read.
         ValueError: one that is not UTF-8 or UTF-16 text, or a damaged archive.
     """
-    return [(number, line) for number, line in enumerate(_read(Path(path)).split("\n"), 1) if line.strip()]
+    lines = _read(Path(path)).removesuffix("\n").split("\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip() or not skip_blank]
 
 
-def read_json_lines(path: str | Path) -> list[Any]:
-    """The values of a JSONL file, one a line; blank lines are left out.
+def read_json_lines(path: str | Path, *, skip_blank: bool = True) -> list[Any]:
+    """The values of a JSONL file, one a line.
+
+    Args:
+        path: of the file.
+        skip_blank: leave out blank lines; otherwise they are no JSON.
 
     Raises:
         OSError: a file that can't be read.
         ValueError: a file that is no text, or a line that is no JSON, by its number.
     """
     values = []
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, skip_blank=skip_blank):
         try:
             values.append(json.loads(line))
         except (ValueError, RecursionError) as error:

@@ -90,7 +90,7 @@ def test_recorded_runs_with_marks(write, tmp_path: Path) -> None:  # type: ignor
     found = read_confidences(write("c.jsonl", json_line(confidences=[[0.5]], right=[[1]]) + "\n\n"), 1)
     assert found._confidences.tolist() == [[0.5]]
     for name, text in (
-        ("t.jsonl", '{"input_length": 3, "output_length": 2}\n\n'),
+        ("t.jsonl", '{"input_length": 3, "output_length": 2}\n'),
         ("t.csv", "input_length,output_length\n3,2"),
     ):
         assert [(job.prompt, job.output) for job in read_trace(write(name, text))] == [(3, 2)]

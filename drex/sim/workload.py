@@ -73,7 +73,7 @@ def read_trace(path: str | Path, *, scale: float = 1.0, longest: int | None = No
     path = Path(path)
     try:
         table = csv.DictReader(io.StringIO(read_text(path), newline="")) if path.suffix == ".csv" else None
-        rows: list[dict[str, Any]] = read_json_lines(path) if table is None else list(table)
+        rows: list[dict[str, Any]] = read_json_lines(path, skip_blank=False) if table is None else list(table)
         if not rows:
             raise ValueError("it has no requests")
         arrival, prompt_name, output_name = (_column(rows[0], what) for what in FIELDS)
