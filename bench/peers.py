@@ -125,7 +125,9 @@ class TransformersEngine:
 
     def __init__(self, folder: Path, dtype: str, in_flight: int) -> None:
         self.in_flight = in_flight
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))  # in eval mode
+        self.model: Any = AutoModelForCausalLM.from_pretrained(  # in eval mode
+            folder, dtype=getattr(torch, dtype), trust_remote_code=False
+        )
         # What the checkpoint says would end rows early; generate() falls back to it for every field that is None.
         self.model.generation_config = GenerationConfig(pad_token_id=0)
         self.settings = {

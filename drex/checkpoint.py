@@ -6,9 +6,12 @@ No torch here: control code and tools read these facts without it.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from drex.text_files import read_text
 
 EARLY_EXIT_FILE = "early_exit.json"
 EXIT_WEIGHTS_FILE = "early_exit/heads.safetensors"
@@ -41,9 +44,19 @@ class EarlyExitFile:
 
 
 def write_early_exit(folder: str | Path, facts: EarlyExitFile) -> None:
-    """Write `early_exit.json` into `folder`."""
+    """Write `early_exit.json` into `folder`; one that is there is replaced whole, and where it is a link, the link.
+
+    Raises:
+        ValueError: a folder that can't be written to.
+    """
     content = {"version": VERSION, **asdict(facts)}
-    (Path(folder) / EARLY_EXIT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part = Path(folder) / f"{EARLY_EXIT_FILE}.{os.getpid()}.part"
+    try:
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, Path(folder) / EARLY_EXIT_FILE)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {EARLY_EXIT_FILE} to {folder} ({error.strerror}): copy the folder") from error
 
 
 def read_early_exit(folder: str | Path, num_layers: int) -> EarlyExitFile | None:
@@ -60,8 +73,8 @@ def read_early_exit(folder: str | Path, num_layers: int) -> EarlyExitFile | None
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        content = json.loads(read_text(path))
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); mend it, or remove it and name the exits") from error
     try:
         return _parse(content, num_layers, path.parent)
@@ -113,6 +126,10 @@ def _parse_exit(raw: Any, folder: Path) -> ExitSpec:
 
 def check_exit_layers(layers: list[int], num_layers: int) -> None:
     """Raise ValueError unless `layers` ascend and lie in [1, num_layers - 1]."""
+    if num_layers == 1 and layers:
+        raise ValueError(
+            f"exit after layer {layers[0]}: the model has one layer, so it can't exit early; name no exits"
+        )
     for layer in layers:
         if not 1 <= layer < num_layers:
             raise ValueError(

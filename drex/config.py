@@ -252,6 +252,8 @@ def resolve_exits(asked: EarlyExit | None, recorded: EarlyExitFile | None, num_l
         return ExitPlan((), ExitRule(criterion, (), schedule, patience), kv_fill)
     known = {spec.layer: spec for spec in recorded.exits} if recorded else {}
     layers = tuple(asked.layers) if asked.layers is not None else tuple(known)
+    if not layers and num_layers == 1:
+        raise ValueError("the model has one layer, so it can't exit early: leave out early-exit settings")
     if not layers:
         raise ValueError(
             "no exit points: the model has no early_exit.json, so name them, as in "

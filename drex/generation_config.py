@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from drex.compute.spec import end_tokens, read_json
+from drex.compute.config_file import read_json
+from drex.compute.spec import end_tokens
 from drex.request import SamplingParams
 
 FILE = "generation_config.json"
@@ -102,7 +103,7 @@ def read_generation_defaults(choice: str | Path, model: Path) -> GenerationDefau
             said = str(error).replace(ours, theirs, 1)
             raise ValueError(f"{path}: {said}; mend the file, or set generation_config to none") from error
         settings[ours] = value
-    ends = end_tokens(content) if str(choice) != AUTO else frozenset()
+    ends = end_tokens(content, path) if str(choice) != AUTO else frozenset()
     return GenerationDefaults(settings, _not_applied(content), ends or None, path)
 
 

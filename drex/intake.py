@@ -8,17 +8,15 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from drex.compute.load import LoadedModel
 from drex.config import EarlyExit, EngineConfig, ExitRule, check_lossless
+from drex.prompts import Message, Prompt, check_prompt, kind, plain_messages
 from drex.request import Request, SamplingParams
 
-Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
 NO_VARIABLES = frozenset(
     {"messages", "conversations", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
 )
@@ -116,8 +114,9 @@ class Intake:
         """Token ids of a prompt, special tokens as the tokeniser adds them; ids pass through.
 
         Raises:
-            ValueError: an empty prompt, or text without a tokeniser.
+            ValueError: an empty prompt, another kind of value, or text without a tokeniser.
         """
+        check_prompt(prompt)
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("the model folder has no tokeniser: give prompts as token ids, or name a tokenizer")
@@ -152,11 +151,12 @@ class Intake:
         """
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise ValueError("the model has no chat template: use generate, or set chat_template in its tokenizer")
-        if not messages:
-            raise ValueError("messages is empty: give at least one")
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other: set one of them")
-        if continue_final_message and not messages[-1].get("content"):
+        plain = plain_messages(messages)
+        for message in plain:
+            check_unicode(message["content"])
+        if continue_final_message and not plain[-1]["content"]:
             raise ValueError(
                 "continue_final_message: the last message has no text to continue; give some, or leave it out"
             )
@@ -168,14 +168,15 @@ class Intake:
         try:
             with self._tokenizing:
                 ids = self.tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
+                    plain,
                     add_generation_prompt=opens,
                     continue_final_message=continue_final_message,
                     return_dict=False,
                     **variables,
                 )
         except Exception as error:  # the template is a program of the model's author: it may raise anything
-            raise ValueError(f"the chat template does not take these messages: {error}") from error
+            said = " ".join(str(error).split())
+            raise ValueError(f"the chat template does not take these messages: {said}") from error
         assert isinstance(ids, list)
         return [int(token) for token in ids]  # type: ignore[arg-type]
 
@@ -227,23 +228,10 @@ class Intake:
             raise ContextLengthError(self.config.max_model_len, f"the text has {length} tokens", "shorten it")
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= self._last_token:
-                raise ValueError(f"the prompt has token id {token!r}: the vocabulary has ids 0..{self._last_token}")
-
-
-def listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, text or token ids, or several, as a list of prompts."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
-    """One conversation, or several, as a list of conversations; raises ValueError where there is no message."""
-    if not messages:
-        raise ValueError("messages is empty: give at least one")
-    return [messages] if isinstance(messages[0], Mapping) else list(messages)  # type: ignore[list-item, arg-type]
+                of_type = "" if isinstance(token, int) else f" ({kind(token)})"
+                raise ValueError(
+                    f"the prompt has token id {token!r}{of_type}: the vocabulary has ids 0..{self._last_token}"
+                )
 
 
 def spread(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
@@ -261,14 +249,3 @@ def check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the text has half a surrogate pair at character {error.start}: leave it out") from error
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokeniser in a folder, or of a hub id; None for a folder that has none."""
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return None
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{folder}: the tokeniser can't be loaded ({error}); fetch the model again") from error
-    return tokenizer

@@ -19,10 +19,12 @@ from drex.engine.client import EngineClient
 from drex.engine.engine import Engine
 from drex.engine.torch_executor import TorchExecutor
 from drex.generation_config import GenerationDefaults, read_generation_defaults
-from drex.intake import Intake, Message, Prompt, conversations, listed, load_tokenizer, spread
+from drex.intake import Intake, spread
 from drex.outputs import Chunk, CompletionOutput, ExitStats, RequestOutput, Scored
+from drex.prompts import Message, Prompt, list_conversations, list_prompts, list_token_ids
 from drex.request import Request, SamplingParams
-from drex.runner import build_runner, fit
+from drex.runner import build_runner, fit, out_of_memory_refused
+from drex.tokenizer import load_tokenizer
 from drex.tuning.profile_cache import obtain
 
 log = logging.getLogger(__name__)
@@ -39,11 +41,13 @@ class LLM:
             or `float64`.
         device: `auto`, or a torch device.
         policy: `drex` (rebatching), `split` (flush at once) or `full` (no exits).
-        max_model_len: tokens a request may have, prompt and output; None is what the checkpoint was made for.
+        max_model_len: tokens a request may have, prompt and output; None is what the checkpoint was made for, or its
+            sliding window where that is shorter.
         max_num_seqs: requests in flight.
         max_num_batched_tokens: rows a pass may have; longer prompts are chunked.
         kv_cache_tokens: tokens for which there is K/V memory; None is enough for `max_num_seqs` requests of
-            `max_model_len`, within 1 GiB on a CPU and `gpu_memory_utilization` on a GPU.
+            `max_model_len`, within `gpu_memory_utilization` on a GPU and 1 GiB on a CPU, or more where one request
+            takes more, which is logged.
         max_fill_rows, max_wait_passes, max_slowdown, adaptive: of the rebatching, see `EngineConfig`.
         run_ahead: `trusted` (requests draft on while they wait; the same tokens as early exit), `off`, or `lossless`,
             which gives the full-depth model's own tokens, thresholds steering speed only; it needs `recompute`.
@@ -110,10 +114,11 @@ class LLM:
         self.model: LoadedModel = load_model(facts)
         check_lossless(run_ahead, self.model.exits.kv_fill)
         self.config = fit(asked, self.model, max_model_len, gpu_memory_utilization)
-        self.tokenizer = load_tokenizer(self.model.folder if tokenizer is None else Path(tokenizer))
+        self.tokenizer = load_tokenizer(self.model.folder if tokenizer is None else tokenizer)
         runner = build_runner(self.model, self.config, kernels, enforce_eager=enforce_eager)
         self.profile = obtain(profile, runner, self.config, self.model.exits, threads)
-        scheduler = Scheduler(self.config, self.model.layout, self.model.exits.kv_fill, CostModel(self.profile))
+        with out_of_memory_refused(self.config, self.model.decoder.device):
+            scheduler = Scheduler(self.config, self.model.layout, self.model.exits.kv_fill, CostModel(self.profile))
         self.engine = Engine(scheduler, TorchExecutor(runner), self.tokenizer)
         ends = self.generation_defaults.eos_token_ids
         self.intake = Intake(self.model, self.config, self.tokenizer, scheduler.admission.check_fits, ends)
@@ -142,10 +147,10 @@ class LLM:
         Raises:
             ValueError: a prompt or setting that can't be served; nothing is generated then.
         """
-        asked = listed(prompts)
-        groups = self._groups(asked, sampling_params)
-        done = self._run([request for group in groups for request in group], progress=use_tqdm and len(asked) > 1)
-        return [self._output(prompt, group, done) for prompt, group in zip(asked, groups, strict=True)]
+        listed = list_prompts(prompts)
+        groups = self._groups(listed, sampling_params)
+        done = self._run([request for group in groups for request in group], progress=use_tqdm and len(listed) > 1)
+        return [self._output(prompt, group, done) for prompt, group in zip(listed, groups, strict=True)]
 
     def chat(
         self,
@@ -159,7 +164,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Generate the next turn of one or many conversations, each a list of {"role", "content"}.
 
-        The keywords are of `Intake.chat_prompt`.
+        A content is text, or a list of {"type": "text", "text"}, as over HTTP. The keywords are those of
+        `Intake.chat_prompt`.
 
         Raises:
             ValueError: no chat template, or messages or settings that it does not take.
@@ -171,7 +177,7 @@ class LLM:
                 continue_final_message=continue_final_message,
                 chat_template_kwargs=chat_template_kwargs,
             )
-            for conversation in conversations(messages)
+            for conversation in list_conversations(messages)
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -187,7 +193,7 @@ class LLM:
         Raises:
             ValueError: a prompt or setting that can't be served; nothing is generated then.
         """
-        groups = self._groups(listed(prompts), sampling_params)
+        groups = self._groups(list_prompts(prompts), sampling_params)
         return self._stream({r.request_id: (number, r) for number, group in enumerate(groups) for r in group})
 
     def _groups(
@@ -224,8 +230,7 @@ class LLM:
         Raises:
             ValueError: a sequence that is too short, too long, or has a token id outside of the vocabulary.
         """
-        sequences: list[Any] = list(token_ids) if token_ids and not isinstance(token_ids[0], int) else [token_ids]
-        requests = [self.intake.scoring(ids, early_exit) for ids in sequences]
+        requests = [self.intake.scoring(ids, early_exit) for ids in list_token_ids(token_ids)]
         done = self._run(requests, progress=use_tqdm and len(requests) > 1, text="scoring")
         return [self._scored(request, done[request.request_id]) for request in requests]
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import gc
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
-from drex.compute.load import LoadedModel
+from drex.compute.device import memory_bytes
+from drex.compute.load import LoadedModel, request_length
 from drex.compute.segments import GRAPH_FILLS, GRAPH_ROWS, SegmentRunner
 from drex.config import EngineConfig
 from drex.tuning.profile import Profiler
 
+log = logging.getLogger(__name__)
 CPU_KV_BYTES = 2**30
+GIBIBYTE = 2**30
 GPU_SHARE = 0.9
 
 
@@ -28,12 +34,12 @@ def build_runner(
         enforce_eager: capture no graphs.
 
     Raises:
-        ValueError: the GPU's memory does not suffice.
+        ValueError: the memory does not suffice.
     """
     layout = model.layout
     assert config.kv_cache_tokens is not None
     fills = min(GRAPH_FILLS, config.fill_rows) if model.exits.kv_fill == "project" else 0
-    try:
+    with out_of_memory_refused(config, model.decoder.device):
         runner = SegmentRunner(
             model.decoder,
             model.heads,
@@ -46,12 +52,32 @@ def build_runner(
             None if enforce_eager else (GRAPH_ROWS, fills),
         )
         runner.capture()
+    return runner
+
+
+@contextmanager
+def out_of_memory_refused(config: EngineConfig, device: torch.device) -> Iterator[None]:
+    """Raise ValueError, naming the remedy, where what is made inside finds no memory.
+
+    Args:
+        config: of the engine, with `max_model_len` and `kv_cache_tokens` resolved.
+        device: that the model is on.
+    """
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"the GPU has no room for K/V of {config.kv_cache_tokens} tokens beside the model ({error}): lower "
             "kv_cache_tokens or gpu_memory_utilization, max_num_seqs or max_num_batched_tokens, or set enforce_eager"
         ) from error
-    return runner
+    except (MemoryError, RuntimeError) as error:
+        # torch has no class of its own for a CPU's memory.
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            f"there is no memory for requests of {config.max_model_len} tokens, {config.max_num_seqs} at a time "
+            f"(on {device}): lower max_model_len (--max-model-len), max_num_seqs or kv_cache_tokens"
+        ) from error
 
 
 def fit(asked: EngineConfig, model: LoadedModel, max_model_len: int | None, share: float | None) -> EngineConfig:
@@ -60,34 +86,61 @@ def fit(asked: EngineConfig, model: LoadedModel, max_model_len: int | None, shar
     Args:
         asked: `kv_cache_tokens` may be None.
         model: with its weights.
-        max_model_len: None is what the checkpoint was made for.
+        max_model_len: None is what the checkpoint was made for, or its sliding window where that is shorter.
         share: of a GPU's memory that drex may take, all together; None is 0.9.
 
     Raises:
         ValueError: a length that the model does not have, or no room for one request.
     """
-    spec = model.decoder.spec
-    length = spec.max_length if max_model_len is None else max_model_len
-    if length > spec.max_length:
-        raise ValueError(f"max_model_len is {length}: the checkpoint was made for at most {spec.max_length} tokens")
-    if spec.sliding_window is not None and spec.sliding_window < length:
-        raise ValueError(
-            f"the model looks back {spec.sliding_window} tokens only (sliding_window), which drex does not do: "
-            f"set max_model_len to at most {spec.sliding_window}"
-        )
-    config, on_gpu = replace(asked, max_model_len=length), model.decoder.device.type == "cuda"
+    length, on_gpu = request_length(model.decoder.spec, max_model_len), model.decoder.device.type == "cuda"
+    config = replace(asked, max_model_len=length)
     if share is not None and asked.kv_cache_tokens is not None:
         raise ValueError("kv_cache_tokens and gpu_memory_utilization: give one of them")
     if share is not None and not on_gpu:
         raise ValueError("gpu_memory_utilization: there is no GPU here; use kv_cache_tokens")
-    if config.kv_cache_tokens is not None:
-        return config
-    token = model.decoder.embedding.element_size() * spec.kv_values_per_slot * spec.num_layers
+    token = (
+        model.decoder.embedding.element_size() * model.decoder.spec.kv_values_per_slot * model.decoder.spec.num_layers
+    )
     most = config.max_num_seqs * length
+    if config.kv_cache_tokens is None and on_gpu:
+        total, taken = _taken(model, config, token)
+        return replace(config, kv_cache_tokens=tokens_that_fit(share or GPU_SHARE, total, taken, token, length, most))
+    if config.kv_cache_tokens is None:
+        config = replace(config, kv_cache_tokens=max(length, min(most, CPU_KV_BYTES // token)))
     if not on_gpu:
-        return replace(config, kv_cache_tokens=max(length, min(most, CPU_KV_BYTES // token)))
-    total, taken = _taken(model, config, token)
-    return replace(config, kv_cache_tokens=tokens_that_fit(share or GPU_SHARE, total, taken, token, length, most))
+        _check_memory(config, token, model.decoder.weight_bytes, given=asked.kv_cache_tokens is not None)
+    return config
+
+
+def _check_memory(config: EngineConfig, token: int, weights: int, *, given: bool) -> None:
+    """Say so where a CPU's K/V pool takes more than is usual.
+
+    Args:
+        config: with `kv_cache_tokens` resolved.
+        token: bytes of a token's K/V at all layers.
+        weights: bytes of the model's weights.
+        given: the user has asked for a pool of this size.
+
+    Raises:
+        ValueError: a pool that the machine's memory can't hold beside the weights.
+    """
+    assert config.kv_cache_tokens is not None
+    pool, memory, usual = config.kv_cache_tokens * token, memory_bytes(), max(1, CPU_KV_BYTES // token)
+    if pool + weights > memory:
+        raise ValueError(
+            f"K/V of {config.kv_cache_tokens} tokens takes {pool / GIBIBYTE:.1f} GiB beside weights of "
+            f"{weights / GIBIBYTE:.1f} GiB, and there are {memory / GIBIBYTE:.1f} GiB of memory: lower "
+            + ("kv_cache_tokens" if given else "max_model_len (--max-model-len)")
+            + f"; {usual} tokens take 1 GiB"
+        )
+    if pool > CPU_KV_BYTES and not given:
+        log.warning(
+            "K/V memory takes up to %.1f GiB, more than the usual 1 GiB on a CPU, for one request of %d tokens: "
+            "with max_model_len (--max-model-len) %d it takes 1 GiB",
+            pool / GIBIBYTE,
+            config.max_model_len,
+            usual,
+        )
 
 
 def _taken(model: LoadedModel, config: EngineConfig, token: int) -> tuple[int, int]:
@@ -122,7 +175,7 @@ def tokens_that_fit(share: float, total: int, taken: int, token: int, length: in
     tokens = min(room // token, most)
     if tokens < length:
         raise ValueError(
-            f"gpu_memory_utilization {share}: {max(0, room) / 2**30:.1f} GiB are left for K/V, not enough for one "
+            f"gpu_memory_utilization {share}: {max(0, room) / GIBIBYTE:.1f} GiB are left for K/V, not enough for one "
             f"request of {length} tokens: raise it, or lower max_model_len"
         )
     return tokens

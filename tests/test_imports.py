@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +37,13 @@ def test_the_simulator_runs_with_torch_absent() -> None:
     done = subprocess.run([sys.executable, "-c", BLOCKED + code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "drex" in done.stdout
+
+
+def test_nothing_says_to_install_drex_by_name() -> None:
+    """On PyPI that name is another package's: drex is installed from a clone."""
+    root = Path(__file__).parents[1]
+    files = [root / "README.md", *(root / "docs").glob("*.md"), *(root / "drex").rglob("*.py")]
+    by_name = re.compile(r"install\b[^\n]*[\"'\s]drex(\[|\"|$)", re.MULTILINE)
+    found = {file.name: match[0] for file in files if (match := by_name.search(file.read_text(encoding="utf-8")))}
+    assert len(files) > 100
+    assert found == {}

@@ -309,14 +309,17 @@ def test_quantised_weights_are_refused(tmp_path):
     ],
     ids=["mistral", "qwen2"],
 )
-def test_a_sliding_window_is_refused_beyond_its_length_only(tmp_path, plain_logprobs, config):
+def test_within_its_sliding_window_a_model_is_the_plain_one_and_it_is_never_served_beyond(
+    tmp_path, plain_logprobs, config
+):
     folder = make_model(config, tmp_path)
-    for too_long in (None, 17):
-        with pytest.raises(ValueError, match=r"sliding_window.*max_model_len to at most 16"):
-            LLM(folder, max_model_len=too_long)
-    llm = LLM(folder, early_exit=NEVER, dtype="float32", max_model_len=16, max_num_batched_tokens=5)
-    for output in llm.generate(random_ids(1, 8) * 2, GREEDY):
-        assert_plain(output, folder, plain_logprobs)
+    with pytest.raises(ValueError, match=r"max_model_len is 17: .*sliding_window.*at most 16"):
+        LLM(folder, max_model_len=17)
+    for length in (None, 16):
+        llm = LLM(folder, early_exit=NEVER, dtype="float32", max_model_len=length, max_num_batched_tokens=5)
+        assert llm.config.max_model_len == 16
+        for output in llm.generate(random_ids(1, 8) * 2, GREEDY):
+            assert_plain(output, folder, plain_logprobs)
 
 
 def test_max_model_len_beyond_the_checkpoint_is_refused(models):

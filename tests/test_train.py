@@ -128,10 +128,10 @@ def test_thresholds_are_measured_and_written(trained: tuple[Path, training.Train
     assert (full.exit_share, full.loss_ratio, full.agreement) == (0.0, 1.0, 1.0)
     assert all_exit.exits == {1: 1.0}
     assert none_exit.loss == pytest.approx(full.loss, abs=1e-6)
-    assert set_threshold(out, 3, [full, all_exit, none_exit], within=10.0).threshold == 0.0
+    assert set_threshold(out, 3, [full, all_exit, none_exit], 10.0, llm.model.exits).threshold == 0.0
     assert LLM(out, dtype="float32").model.exits.rule.thresholds == (0.0, 0.0)
     with pytest.raises(ValueError, match="measure higher thresholds"):
-        set_threshold(out, 3, [full], within=0.1)
+        set_threshold(out, 3, [full], 0.1, llm.model.exits)
 
 
 def test_exit_loss_weights_follow_their_papers() -> None:

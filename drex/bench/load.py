@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from drex.extras import INSTALL_SERVER
 from drex.sim.workload import Job
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def connect(target: Target) -> httpx.AsyncClient:
     try:
         import httpx
     except ImportError:
-        raise ValueError('drex bench --url needs httpx: pip install "drex[server]"') from None
+        raise ValueError(f"drex bench --url needs httpx: {INSTALL_SERVER}") from None
     base = target.address.rstrip("/").removesuffix("/v1") + "/v1/"
     headers = {} if target.key is None else {"authorization": f"Bearer {target.key}"}
     return httpx.AsyncClient(base_url=base, headers=headers, timeout=600, limits=httpx.Limits(max_connections=None))

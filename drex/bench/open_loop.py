@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from drex.bench.load import Target, arrive, characters_per_token, connect, drive
 from drex.bench.load_report import summarise
 from drex.bench.versions import versions
 from drex.sim.workload import Job, draw_jobs, read_trace
+from drex.text_files import read_json_lines
 
 PROMPT_TOKENS = (16, 64)
 
@@ -117,8 +117,7 @@ def read_texts(path: Path | None) -> list[str]:
         starts = ((document.text, document.text.find("\ndef ") + 1) for document in standard_library())
         return [text[start : start + 2000] for text, start in starts if start and len(text) - start > 200][:256]
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        found = [json.loads(line)["prompt"] for line in lines if line.strip()]
+        found = [each["prompt"] for each in read_json_lines(path)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path}: expected JSON lines with a "prompt" ({error!r})') from error
     if not found or not all(isinstance(text, str) and text for text in found):

@@ -6,7 +6,6 @@ same K/V pool in turn, so that memory is equal by construction.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -20,7 +19,7 @@ from drex.compute.decoder import Decoder, LayerWeights
 from drex.compute.device import has_fast_bfloat16
 from drex.compute.heads import ExitHead
 from drex.compute.linear import linear
-from drex.compute.load import LoadedModel, inspect_model, load_model, pick_device
+from drex.compute.load import LoadedModel, inspect_model, load_model, pick_device, request_length
 from drex.compute.segments import SegmentRunner
 from drex.compute.spec import ModelSpec
 from drex.config import EarlyExit, EngineConfig, ExitPlan, ExitRule, policy_settings
@@ -30,9 +29,10 @@ from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
 from drex.engine.engine import Engine
 from drex.engine.torch_executor import TorchExecutor
-from drex.intake import load_tokenizer
 from drex.runner import build_runner
 from drex.sim.shapes import Shape, shape_named
+from drex.text_files import read_json_lines
+from drex.tokenizer import load_tokenizer
 from drex.tuning.corpus import split_held_out, standard_library
 from drex.tuning.profile_cache import obtain
 
@@ -89,16 +89,30 @@ class Subject:
         return self._runners[segments]
 
 
-def trained(model: str | Path | None, early_exit: EarlyExit | None, dtype: str, config: EngineConfig) -> Subject:
+def trained(
+    model: str | Path | None,
+    early_exit: EarlyExit | None,
+    dtype: str,
+    config: EngineConfig,
+    max_model_len: int | None = None,
+) -> Subject:
     """A checkpoint with its own exits.
+
+    Args:
+        model, early_exit, dtype: as of `LLM`.
+        config: of the engines; its `max_model_len` is cut to what the model has.
+        max_model_len: tokens of a request that the model must have; None: none.
 
     Raises:
         ValueError: a model that can't be loaded, or one without exit points.
     """
-    loaded = load_model(inspect_model(model, early_exit, dtype, "auto"))
+    facts = inspect_model(model, early_exit, dtype, "auto")
+    if max_model_len is not None:
+        request_length(facts.spec, max_model_len)
+    loaded = load_model(facts)
     if not loaded.exits.exits:
         raise ValueError("the model has no exit points to benchmark: name them, as in --exits 8 --thresholds 0.8")
-    length = min(config.max_model_len, loaded.decoder.spec.max_length)
+    length = min(config.max_model_len, loaded.decoder.spec.longest_request)
     return Subject(loaded.folder.name, TRAINED, loaded, replace(config, max_model_len=length))
 
 
@@ -176,10 +190,9 @@ def read_prompts(path: str | Path, subject: Subject) -> list[tuple[int, ...]]:
     Raises:
         ValueError: a file that can't be read, or text where the model has no tokeniser.
     """
-    tokenizer = load_tokenizer(subject.model.folder)
+    tokenizer = load_tokenizer(subject.model.folder) if subject.label == TRAINED else None
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        found = [json.loads(line)["prompt"] for line in lines if line.strip()]
+        found = [each["prompt"] for each in read_json_lines(path)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path}: expected JSON lines with a "prompt" ({error!r})') from error
     prompts: list[tuple[int, ...]] = []

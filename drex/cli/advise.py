@@ -15,6 +15,7 @@ from drex.cli.common import (
     DtypeOption,
     ExitsOption,
     KvFillOption,
+    MaxModelLenOption,
     parse_floats,
     parse_ints,
 )
@@ -35,6 +36,7 @@ def advise(
     kv_fill: KvFillOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    max_model_len: MaxModelLenOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Say whether early exit pays for a model on this machine, at which threshold, and how much."""
@@ -59,6 +61,7 @@ def advise(
         early_exit=settings,
         dtype=dtype,
         device=device,
+        max_model_len=max_model_len,
         max_num_seqs=max(*counts, 1),
         generation_config="none",
     )

@@ -20,6 +20,7 @@ from drex.cli.common import (
     HtmlOption,
     JsonOption,
     KvFillOption,
+    MaxModelLenOption,
     MaxSlowdownOption,
     RateOption,
     ThresholdsOption,
@@ -42,6 +43,7 @@ LOAD_REQUESTS = 200
 ONLY_URL = ("api_key", "chat", "ignore_eos", "burstiness", "goodput")
 ONLY_POLICIES = (
     *("policies", "in_flight", "shape", "exit_rates", "exits", "thresholds", "criterion", "kv_fill", "dtype"),
+    "max_model_len",
     *("tpot_ms", "max_slowdown", "adaptive", "repeats", "html_file"),
 )
 """Options that mean something with --url, and without."""
@@ -67,6 +69,7 @@ def bench(
     criterion: CriterionOption = None,
     kv_fill: KvFillOption = None,
     dtype: DtypeOption = "auto",
+    max_model_len: MaxModelLenOption = None,
     prompts: Annotated[
         Path | None, typer.Option(help='JSONL with "prompt"; by default held-out standard-library code.')
     ] = None,
@@ -123,7 +126,7 @@ def bench(
 
     # Whether early exit pays is in the report.
     logging.getLogger("drex.engine").setLevel(logging.ERROR)
-    longest = LONGEST_PROMPT + output_tokens
+    longest = LONGEST_PROMPT + output_tokens if max_model_len is None else max_model_len
     config = EngineConfig(
         max_model_len=longest,
         max_num_seqs=max(counts),
@@ -136,7 +139,8 @@ def bench(
         layers = None if exits is None else parse_ints(exits, "--exits")
         subject = synthetic(shape, layers, rates, kv_fill or "recompute", dtype, config)
     else:
-        subject = trained(model, early_exit_from(exits, thresholds, criterion, kv_fill, False), dtype, config)
+        settings = early_exit_from(exits, thresholds, criterion, kv_fill, False)
+        subject = trained(model, settings, dtype, config, max_model_len)
     make = _workloads(subject, prompts, requests, output_tokens, rate, trace, trace_scale, trace_speed, tpot_ms, seed)
     err = Console(stderr=True)
 

@@ -38,6 +38,10 @@ GenerationConfigOption = Annotated[
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
+MaxModelLenOption = Annotated[
+    int | None,
+    typer.Option("--max-model-len", help="Tokens a request may have, prompt and output; none: the model's."),
+]
 RateOption = Annotated[float | None, typer.Option("--rate", help="Open loop: Poisson arrivals a second.")]
 TraceOption = Annotated[
     Path | None, typer.Option("--trace", help="Open loop: arrivals and lengths of a recorded trace.")

@@ -11,7 +11,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from drex.cli.common import CriterionOption, DtypeOption, ExitsOption, KvFillOption, parse_floats, parse_ints
+from drex.cli.common import (
+    CriterionOption,
+    DtypeOption,
+    ExitsOption,
+    KvFillOption,
+    MaxModelLenOption,
+    parse_floats,
+    parse_ints,
+)
 from drex.config import EarlyExit
 
 
@@ -26,11 +34,15 @@ def evaluate(
     criterion: CriterionOption = None,
     kv_fill: KvFillOption = None,
     dtype: DtypeOption = "auto",
+    max_model_len: MaxModelLenOption = None,
     tokens: Annotated[int, typer.Option(help="About how many tokens to score.")] = 32768,
     held_out_share: Annotated[float, typer.Option(help="Of --stdlib, as in training.")] = 0.02,
     set_within: Annotated[
         float | None,
-        typer.Option(help="Write the lowest threshold with a loss within this share of full depth to early_exit.json."),
+        typer.Option(
+            help="Write the lowest threshold with a loss within this share of full depth to early_exit.json, in the "
+            "model's folder."
+        ),
     ] = None,
     confidences_file: Annotated[
         Path | None,
@@ -39,8 +51,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Measure what early exit costs in quality, teacher-forced, at several thresholds."""
+    from drex.compute.load import inspect_model
     from drex.llm import LLM
     from drex.tuning.corpus import read_documents, split_held_out, standard_library
+    from drex.tuning.early_exit_file import measured_exits
     from drex.tuning.evaluate import confidences, held_out_blocks, set_threshold
     from drex.tuning.evaluate import evaluate as run
 
@@ -53,7 +67,10 @@ def evaluate(
         criterion=criterion,
         kv_fill=kv_fill,
     )
-    llm = LLM(model, early_exit=settings, dtype=dtype, generation_config="none")
+    if set_within is not None:  # what can't be written is said before anything is measured
+        facts = inspect_model(model, settings, "float32", "cpu")
+        measured_exits(facts.folder, facts.spec.num_layers, facts.exits)
+    llm = LLM(model, early_exit=settings, dtype=dtype, max_model_len=max_model_len, generation_config="none")
     documents = split_held_out(standard_library(), held_out_share)[1] if stdlib else read_documents(text or ())
     blocks = held_out_blocks(llm, documents, tokens)
     if confidences_file is not None:
@@ -79,5 +96,6 @@ def evaluate(
             )
         Console().print(table)
     if set_within is not None:
-        best = set_threshold(llm.model.folder, llm.model.decoder.spec.num_layers, measured, set_within)
+        layers = llm.model.decoder.spec.num_layers
+        best = set_threshold(llm.model.folder, layers, measured, set_within, llm.model.exits)
         typer.echo(f"wrote threshold {best.threshold:g} to early_exit.json", err=True)

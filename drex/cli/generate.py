@@ -22,6 +22,7 @@ from drex.cli.common import (
     ExitsOption,
     GenerationConfigOption,
     KvFillOption,
+    MaxModelLenOption,
     ModelOption,
     PolicyOption,
     RunAheadOption,
@@ -30,6 +31,7 @@ from drex.cli.common import (
 )
 from drex.outputs import ExitStats, TokenOutput
 from drex.request import SamplingParams
+from drex.text_files import decode, read_lines, read_text
 
 DEPTH_COLOURS = ("green", "yellow", "cyan", "magenta", "blue")
 """Of the exits, first to last; tokens of full depth keep the terminal's own colour."""
@@ -76,6 +78,7 @@ def generate(
     run_ahead: RunAheadOption = "trusted",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    max_model_len: MaxModelLenOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests in flight.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line and prompt.")] = False,
 ) -> None:
@@ -101,6 +104,7 @@ def generate(
         device=device,
         policy=policy,
         run_ahead=run_ahead,
+        max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         generation_config=generation_config,
     )
@@ -153,7 +157,7 @@ def _read_jobs(prompt: str | None, file: Path | None, jsonl: Path | None) -> lis
         if jsonl is not None:
             return _read_jsonl(jsonl)
         if file is not None:
-            return [Job(file.read_text(encoding="utf-8"))]
+            return [Job(read_text(file))]
     except OSError as error:
         raise ValueError(f"cannot read {jsonl or file} ({error.strerror}): name a file that is there") from error
     except UnicodeDecodeError as error:
@@ -162,17 +166,22 @@ def _read_jobs(prompt: str | None, file: Path | None, jsonl: Path | None) -> lis
         return [Job(prompt)]
     if sys.stdin.isatty() and prompt is None:
         raise ValueError('no prompt: give one, as in drex generate "def main():", or --file, --jsonl or standard input')
-    return [Job(sys.stdin.read())]
+    return [Job(_standard_input())]
+
+
+def _standard_input() -> str:
+    try:
+        return decode(sys.stdin.buffer.read())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text ({error.reason}): convert it") from error
 
 
 def _read_jsonl(path: Path) -> list[Job]:
     jobs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         try:
             jobs.append(Job(json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             jobs.append(Job("", error=f'{path}, line {number}: expected an object with a "prompt"'))
             continue
         if not isinstance(jobs[-1].prompt, str | list):

@@ -14,6 +14,7 @@ from drex.cli.common import (
     DtypeOption,
     ExitsOption,
     KvFillOption,
+    MaxModelLenOption,
     ThresholdsOption,
     early_exit_from,
 )
@@ -31,21 +32,32 @@ def info(
     criterion: CriterionOption = None,
     kv_fill: KvFillOption = None,
     dtype: DtypeOption = "auto",
+    max_model_len: MaxModelLenOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show a model's segments, exits, sizes and K/V memory."""
     from drex.compute.load import inspect_model
 
-    facts = describe(inspect_model(model, early_exit_from(exits, thresholds, criterion, kv_fill, False), dtype, "auto"))
+    settings = early_exit_from(exits, thresholds, criterion, kv_fill, False)
+    facts = describe(inspect_model(model, settings, dtype, "auto"), max_model_len)
     if as_json:
         typer.echo(json.dumps(facts))
     else:
         _print(facts)
 
 
-def describe(found: ModelFacts) -> dict[str, Any]:
-    """The facts as JSON-ready values; sizes in bytes, as they are once loaded. No weights are read."""
-    from drex.compute.weights import TensorFiles
+def describe(found: ModelFacts, max_model_len: int | None = None) -> dict[str, Any]:
+    """The facts as JSON-ready values; sizes in bytes, as they are once loaded. No weights are read.
+
+    Args:
+        found: of the model.
+        max_model_len: tokens of a request; None is what the engine takes by default.
+
+    Raises:
+        ValueError: weights that can't be served, or a length that the model does not have.
+    """
+    from drex.compute.load import request_length
+    from drex.compute.weight_files import TensorFiles
 
     spec, plan, size = found.spec, found.exits, found.dtype.itemsize
     slot = spec.kv_values_per_slot * size
@@ -59,6 +71,7 @@ def describe(found: ModelFacts) -> dict[str, Any]:
             entry |= {"head": "final", "threshold": None}
         segments.append(entry)
         first += length
+    length = request_length(spec, max_model_len)
     parameters = TensorFiles(found.folder).numel()
     head_files = sorted({spec.weights for spec in plan.exits if spec.weights})
     return {
@@ -70,7 +83,7 @@ def describe(found: ModelFacts) -> dict[str, Any]:
         "heads": spec.num_heads,
         "kv_heads": spec.num_kv_heads,
         "vocab_size": spec.vocab_size,
-        "max_model_len": spec.max_length,
+        "max_model_len": length,
         "parameters": parameters,
         "weight_bytes": parameters * size,
         "exit_head_bytes": TensorFiles(found.folder, head_files).numel() * size,
@@ -78,7 +91,7 @@ def describe(found: ModelFacts) -> dict[str, Any]:
         "kv_fill": plan.kv_fill,
         "segments": segments,
         "kv_bytes_per_token": slot * spec.num_layers,
-        "kv_bytes_per_request": slot * spec.num_layers * spec.max_length,
+        "kv_bytes_per_request": slot * spec.num_layers * length,
     }
 
 

@@ -14,6 +14,7 @@ from drex.cli.common import (
     DtypeOption,
     ExitsOption,
     KvFillOption,
+    MaxModelLenOption,
     ThresholdsOption,
     early_exit_from,
 )
@@ -27,6 +28,7 @@ def profile(
     kv_fill: KvFillOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    max_model_len: MaxModelLenOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests in flight to measure up to.")] = 64,
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default the number that is fastest.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the profile to this file, for others to start from.")] = None,
@@ -46,6 +48,7 @@ def profile(
         early_exit=settings,
         dtype=dtype,
         device=device,
+        max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         threads=threads,
         profile=MEASURE if again else None,

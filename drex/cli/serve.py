@@ -17,12 +17,15 @@ from drex.cli.common import (
     ExitsOption,
     GenerationConfigOption,
     KvFillOption,
+    MaxModelLenOption,
     MaxSlowdownOption,
     PolicyOption,
     RunAheadOption,
     ThresholdsOption,
     early_exit_from,
 )
+from drex.extras import INSTALL_SERVER
+from drex.text_files import read_text
 
 if TYPE_CHECKING:
     from drex.llm import LLM
@@ -46,7 +49,7 @@ def serve(
     profile: Annotated[
         str | None, typer.Option(help="What passes cost here: a file of drex profile --out, nominal, or measure.")
     ] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Tokens of a request, prompt and output.")] = None,
+    max_model_len: MaxModelLenOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests in flight.")] = 64,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Rows a pass may have.")] = 512,
     kv_cache_tokens: Annotated[int | None, typer.Option(help="Tokens for which there is K/V memory.")] = None,
@@ -80,7 +83,7 @@ def serve(
     """Serve a model to OpenAI's clients; Ctrl-C or SIGTERM finishes what is open and stops."""
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f'the server\'s libraries are missing ({", ".join(missing)}): pip install "drex[server]"')
+        raise ValueError(f"the server's libraries are missing ({', '.join(missing)}): {INSTALL_SERVER}")
     if not 0 <= port <= MOST_PORT:  # what listens would take the remainder
         raise ValueError(f"--port is {port}: give 1 to {MOST_PORT}, or 0 for any that is free")
     from drex.compute.load import BUNDLED
@@ -135,6 +138,6 @@ def _use_template(llm: LLM, path: Path) -> None:
     if llm.tokenizer is None:
         raise ValueError("--chat-template: the model has no tokeniser; name one with --tokenizer")
     try:
-        llm.tokenizer.chat_template = path.read_text(encoding="utf-8")
+        llm.tokenizer.chat_template = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--chat-template {path} can't be read ({error}): name a Jinja file") from error

@@ -44,9 +44,9 @@ def train(
 ) -> None:
     """Train a small early-exit decoder from text and write it as a Hugging Face folder with early_exit.json."""
     import torch
-    from transformers import AutoTokenizer
 
     from drex.compute.device import has_fast_bfloat16
+    from drex.tokenizer import load_tokenizer
     from drex.tuning.corpus import read_documents, standard_library
     from drex.tuning.recipe import TrainConfig
     from drex.tuning.train import train as run
@@ -76,6 +76,8 @@ def train(
         seed=seed,
     )
     documents = standard_library() if stdlib else read_documents(text or ())
-    given = vocab_size if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+    given = vocab_size if tokenizer is None else load_tokenizer(tokenizer)
+    if given is None:
+        raise ValueError(f"--tokenizer: there is none in {tokenizer}; name a folder with a tokenizer.json")
     report = run(documents, given, out, config, resume=resume, device=device)
     typer.echo(json.dumps({"tokens": report.tokens, "epochs": report.epochs, "held_out_loss": report.held_out_loss}))

@@ -5,92 +5,36 @@ Each tensor is read from its own short-lived mapping, so that the peak is the we
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import logging
+import re
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from drex.checkpoint import ExitSpec
 from drex.compute.decoder import Decoder, LayerWeights
+from drex.compute.device import memory_bytes
 from drex.compute.heads import ExitHead
 from drex.compute.linear import Linear, can_pack, linear, pack_inside
-from drex.compute.spec import ModelSpec, read_json
+from drex.compute.spec import ModelSpec
+from drex.compute.weight_files import TensorFiles
 
-T = TypeVar("T")
-INDEX = "model.safetensors.index.json"
-
-
-class TensorFiles:
-    """The safetensors files of a folder, by tensor name.
-
-    Raises:
-        ValueError: no safetensors weights, or a file of the index is missing or corrupt.
-    """
-
-    def __init__(self, folder: Path, names: Sequence[str] | None = None) -> None:
-        self.folder = folder
-        self._file_of: dict[str, Path] = {}
-        for path in self._paths(folder) if names is None else [folder / name for name in names]:
-            for key in _open(path, lambda file: list(file.keys())):
-                self._file_of[key] = path
-
-    @staticmethod
-    def _paths(folder: Path) -> list[Path]:
-        if (folder / INDEX).is_file():
-            names = read_json(folder / INDEX).get("weight_map")
-            if not isinstance(names, dict) or not names:
-                raise ValueError(f"{folder / INDEX} has no weight_map: fetch the model again")
-            return [folder / name for name in sorted(set(map(str, names.values())))]
-        if (folder / "model.safetensors").is_file():
-            return [folder / "model.safetensors"]
-        raise ValueError(
-            f"{folder} has no model.safetensors: convert the weights, as with save_pretrained of transformers"
-        )
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def numel(self) -> int:
-        """Numbers that all tensors hold together, from the files' headers."""
-
-        def count(file: safe_open) -> int:
-            return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-
-        return sum(_open(path, count) for path in sorted(set(self._file_of.values())))
-
-    def read(self, name: str, shape: Sequence[int], out: Tensor) -> None:
-        """Copy one tensor into `out`, converting its dtype; raises ValueError if it is missing or of another shape."""
-        if name not in self._file_of:
-            raise ValueError(f"{self.folder}: the weights have no {name}; the checkpoint is incomplete, fetch it again")
-        path = self._file_of[name]
-
-        def copy(file: safe_open) -> None:
-            tensor = file.get_tensor(name)
-            if list(tensor.shape) != list(shape):
-                raise ValueError(
-                    f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}; "
-                    "the files do not belong together"
-                )
-            out.copy_(tensor)
-
-        _open(path, copy)
-
-
-def _open(path: Path, use: Callable[[safe_open], T]) -> T:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return use(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is missing or corrupt ({error}): fetch the model again") from error
+log = logging.getLogger(__name__)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NOT_WEIGHTS = re.compile(r"\.(inv_freq|k_scale|v_scale)$")
+"""Names of tensors that are computed anew, or that only a quantised cache would need."""
 
 
 def load_decoder(folder: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """Read a decoder's weights, q, k, v and gate, up fused."""
+    """Read a decoder's weights, q, k, v and gate, up fused; raises ValueError where a CPU's memory can't hold them."""
     files = TensorFiles(folder)
+    needed, memory = files.numel() * dtype.itemsize / 2**30, memory_bytes() / 2**30
+    if device.type == "cpu" and needed > memory:
+        raise ValueError(
+            f"the weights take {needed:.1f} GiB in {str(dtype).removeprefix('torch.')}, and there are {memory:.1f} GiB "
+            "of memory: use a smaller dtype (--dtype) or model"
+        )
     hidden, heads, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     qkv = {"q_proj": heads, "k_proj": kv, "v_proj": kv}
     gate_up = {"gate_proj": spec.intermediate_size, "up_proj": spec.intermediate_size}
@@ -138,10 +82,20 @@ def load_decoder(folder: Path, spec: ModelSpec, device: torch.device, dtype: tor
                 down=product(mlp, {"down_proj": hidden}, spec.intermediate_size, biased=spec.mlp_bias),
             )
         )
-    embedding = one("model.embed_tokens.weight", spec.vocab_size, hidden)
     size = spec.vocab_size, hidden
-    lm_head = linear(embedding if spec.tied else one("lm_head.weight", *size, out=room(*size)))
-    return Decoder(spec, embedding, layers, one("model.norm.weight", hidden), lm_head)
+    # Of a tied pair a file may hold either, as with transformers.
+    embedding = one(HEAD if spec.tied and EMBEDDING not in files else EMBEDDING, *size)
+    head = one(HEAD, *size, out=room(*size)) if not spec.tied or (HEAD in files and EMBEDDING in files) else embedding
+    if spec.tied and head is not embedding:
+        if torch.equal(head, embedding):
+            head = embedding
+        else:
+            log.warning("config.json ties the head to the embedding, but the weights have another head, which is used")
+    decoder = Decoder(spec, embedding, layers, one("model.norm.weight", hidden), linear(head))
+    unread = [name for name in files.unread if not NOT_WEIGHTS.search(name)]
+    if unread:
+        log.warning("%d tensors of the weights were not used, such as %s", len(unread), unread[0])
+    return decoder
 
 
 def load_exit_head(

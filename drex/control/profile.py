@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from drex.control.plan import FloatArray
+from drex.text_files import read_text
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,8 @@ def mean_cost(costs: Sequence[SegmentCost]) -> SegmentCost:
 def load_profile(path: str | Path) -> Profile:
     """Read a profile's file. Raises ValueError if it is none."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} can't be read as a profile ({error}): make one with `drex profile`") from error
     return Profile.from_dict(data)
 

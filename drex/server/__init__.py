@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server. Its libraries (`pip install "drex[server]"`) are imported here only."""
+"""The OpenAI-compatible server. Its libraries (the extra `server`) are imported here only."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Request, Response
 
 from drex.engine.streams import Event, Stream
-from drex.intake import Prompt
 from drex.outputs import TokenOutput
+from drex.prompts import Prompt
 from drex.request import Request as EngineRequest
 from drex.server.answer import Answer, finish_reason
 from drex.server.errors import ApiError, documented

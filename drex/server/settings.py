@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from drex.text_files import read_text
+
 KEYS_VARIABLE = "DREX_API_KEY"
 
 
@@ -82,7 +84,7 @@ def read_keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
     keys = list(given)
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").split("\n")
+            lines = read_text(file).split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--api-key-file {file} can't be read ({error}): name a text file") from error
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

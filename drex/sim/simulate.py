@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -21,6 +20,7 @@ from drex.engine.engine import Engine
 from drex.request import Request, SamplingParams
 from drex.sim.executor import DrawnExits, ExitSource, RecordedConfidences, RecordedExits, VirtualExecutor
 from drex.sim.workload import Job
+from drex.text_files import read_json_lines
 
 LABEL = "simulated: costs of a model of the machine, exits drawn or recorded"
 
@@ -117,8 +117,8 @@ def read_depths(path: str | Path, layers: Sequence[int]) -> list[list[int]]:
     number_of = {layer: number + 1 for number, layer in enumerate(layers)}
     found = []
     try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            tokens = json.loads(line).get("tokens")
+        for each in read_json_lines(path):
+            tokens = each.get("tokens")
             if tokens:
                 found.append([number_of[token["exit_layer"]] for token in tokens])
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -138,7 +138,7 @@ def read_confidences(path: str | Path, exits: int) -> RecordedConfidences:
         ValueError: a file that can't be read, or one of a model with another number of exit points.
     """
     try:
-        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = read_json_lines(path)
         confidences = np.concatenate([np.array(line["confidences"], dtype=np.float64) for line in lines], axis=1)
         right = np.concatenate([np.array(line["right"], dtype=np.bool_) for line in lines], axis=1)
     except (OSError, ValueError, TypeError, KeyError) as error:

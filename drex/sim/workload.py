@@ -6,12 +6,14 @@ Everything is a function of a seed. A closed loop has no arrival times: as many 
 from __future__ import annotations
 
 import csv
-import json
+import io
 import math
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from drex.text_files import read_json_lines, read_text
 
 FIELDS = {
     "arrival": ("arrival_s", "timestamp"),
@@ -70,10 +72,8 @@ def read_trace(path: str | Path, *, scale: float = 1.0, longest: int | None = No
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows: list[dict[str, Any]] = (
-                list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file]
-            )
+        table = csv.DictReader(io.StringIO(read_text(path), newline="")) if path.suffix == ".csv" else None
+        rows: list[dict[str, Any]] = read_json_lines(path, skip_blank=False) if table is None else list(table)
         if not rows:
             raise ValueError("it has no requests")
         arrival, prompt_name, output_name = (_column(rows[0], what) for what in FIELDS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from drex.text_files import read_lines, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".jsonl.xz")
@@ -70,17 +71,22 @@ def _read_folder(root: Path, suffixes: tuple[str, ...], skip: tuple[str, ...]) -
 
 def _read_file(path: Path, name: str) -> Iterator[Document]:
     if name.endswith((".jsonl", ".jsonl.xz")):
-        opener = lzma.open if name.endswith(".xz") else open
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    record = json.loads(line)
-                    yield Document(f"{name}#{record.get('id', number)}", record["text"])
-                except (ValueError, KeyError, AttributeError) as error:
-                    raise ValueError(f'{path}, line {number}: expected an object with a "text" field') from error
+        try:
+            lines = read_lines(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} can't be read as UTF-8 text ({error}): convert it, or leave it out") from error
+        for number, line in lines:
+            try:
+                record = json.loads(line)
+                name_of, text = f"{name}#{record.get('id', number)}", record["text"]
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f'{path}, line {number}: expected an object with a "text" field') from error
+            if not isinstance(text, str):
+                raise ValueError(f'{path}, line {number}: "text" must be text')
+            yield Document(name_of, text)
         return
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except UnicodeDecodeError:
         return  # a few test files of the standard library are in other encodings on purpose
     if text.strip():

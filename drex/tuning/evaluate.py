@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from drex.checkpoint import read_early_exit, write_early_exit
-from drex.config import EarlyExit
+from drex.checkpoint import write_early_exit
+from drex.config import EarlyExit, ExitPlan
 from drex.llm import LLM
 from drex.outputs import Scored
 from drex.tuning.corpus import Blocks, Document, tokenize
+from drex.tuning.early_exit_file import measured_exits
 
 
 @dataclass(frozen=True)
@@ -111,19 +112,24 @@ def _quality(threshold: float | None, scored: Sequence[Scored], full: Sequence[S
     )
 
 
-def set_threshold(folder: Path, num_layers: int, measured: Sequence[Quality], within: float) -> Quality:
+def set_threshold(folder: Path, num_layers: int, measured: Sequence[Quality], within: float, plan: ExitPlan) -> Quality:
     """Write the lowest measured threshold whose loss is within `within` (a share) of full depth to early_exit.json.
 
+    Args:
+        folder: of the checkpoint; an early_exit.json is made where it has none.
+        num_layers: of its decoder.
+        measured: full depth and thresholds.
+        within: share by which the loss may be higher.
+        plan: exits, criterion and K/V fill that were measured.
+
     Raises:
-        ValueError: no threshold is that good, or the folder has no early_exit.json.
+        ValueError: no threshold is that good, or a folder that is not the user's own to change.
     """
     good = [q for q in measured if q.threshold is not None and q.loss_ratio <= 1 + within]
     if not good:
         raise ValueError(f"no threshold keeps the loss within {within:.1%} of full depth: measure higher thresholds")
     best = min(good, key=lambda q: q.threshold or 0.0)
     assert best.threshold is not None
-    facts = read_early_exit(folder, num_layers)
-    if facts is None:
-        raise ValueError(f"{folder} has no early_exit.json to write the threshold to")
+    facts = measured_exits(folder, num_layers, plan)
     write_early_exit(folder, replace(facts, thresholds=(best.threshold,) * len(facts.exits)))
     return best

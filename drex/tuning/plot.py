@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from drex.text_files import read_json_lines
 
 
 def plot_losses(log: Path, picture: Path) -> None:
@@ -17,7 +18,7 @@ def plot_losses(log: Path, picture: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = read_json_lines(log)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for key in sorted({key for record in records for key in record} - {"step", "tokens"}):

@@ -20,8 +20,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from drex.tokenizer import load_tokenizer
 from drex.tuning.corpus import Blocks, Document, split_held_out, tokenize, train_tokenizer
 from drex.tuning.losses import exit_loss_weights
 from drex.tuning.model import EarlyExitModel, write_checkpoint
@@ -114,7 +115,10 @@ def _read(
     """The tokeniser, which it writes to `out`, and the blocks to train on and to measure on."""
     training, held_out = split_held_out(documents, config.held_out_share)
     if resume:
-        tokenizer = AutoTokenizer.from_pretrained(out)
+        kept = load_tokenizer(out)
+        if kept is None:
+            raise ValueError(f"{out} has lost its tokeniser, which the run was begun with: start again in a new folder")
+        tokenizer = kept
     elif isinstance(tokenizer, int):
         tokenizer = train_tokenizer(training, tokenizer)
     assert not isinstance(tokenizer, int)

@@ -187,7 +187,7 @@ def test_without_its_libraries_it_says_what_to_install() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert 'pip install "drex[server]"' in done.stderr
+    assert 'pip install ".[server]" in a clone' in done.stderr
 
 
 def test_the_engine_and_the_command_line_import_without_the_servers_libraries() -> None:
