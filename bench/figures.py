@@ -32,7 +32,7 @@ from drex.control.plan import FloatArray
 from drex.control.rates import ExitRates
 from drex.control.yardstick import MOST_FILLS, mean_pass_seconds, measure
 from drex.request import SamplingParams
-from drex.sim.machines import MACHINES, roofline
+from drex.sim.machines import MACHINES, machine_profile
 from drex.sim.shapes import SHAPES
 from drex.sim.simulate import Scenario
 
@@ -66,7 +66,7 @@ def scenario(exit_rate: float) -> Scenario:
     half = shape.layers // 2
     lengths = (half, shape.layers - half)
     params = SamplingParams(temperature=0.0, ignore_eos=True)
-    return Scenario(lengths, roofline(MACHINES["h200"], shape, lengths), (exit_rate,), "recompute", params)
+    return Scenario(lengths, machine_profile(MACHINES["h200"], shape, lengths), (exit_rate,), "recompute", params)
 
 
 @lru_cache(maxsize=4096)

@@ -26,7 +26,7 @@ from drex.control.outlook import GRAIN
 from drex.control.yardstick import measure
 from drex.engine.driver import serve
 from drex.request import SamplingParams
-from drex.sim.machines import MACHINES, roofline
+from drex.sim.machines import MACHINES, machine_profile
 from drex.sim.shapes import SHAPES
 from drex.sim.simulate import Scenario, segment_lengths
 from drex.sim.workload import draw_jobs
@@ -50,7 +50,7 @@ def scenario(*exits: int) -> Scenario:
     """The shape with exits after these layers."""
     size = SHAPES[SHAPE]
     lengths = segment_lengths(exits, size.layers)
-    costs = roofline(MACHINES[MACHINE], size, lengths)
+    costs = machine_profile(MACHINES[MACHINE], size, lengths)
     params = SamplingParams(temperature=0.0, ignore_eos=True)
     return Scenario(lengths, costs, (RATE,) * len(exits), "recompute", params)
 

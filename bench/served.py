@@ -38,6 +38,21 @@ class Served:
                 return float(found[3])
         raise ValueError(f"{self.address} has no metric {name} with {labels!r}: is it a drex server?")
 
+    def resident(self) -> tuple[float, float]:
+        """Bytes of the process that are in memory: all but its largest mapping, and that one, which is the K/V pool.
+
+        Of a server elsewhere all of it counts as the first.
+        """
+        if self.process is None:
+            return self.metric("process_resident_memory_bytes"), 0.0
+        text = Path(f"/proc/{self.process.pid}/smaps").read_text()
+        sizes, resident = (
+            [1024.0 * int(found) for found in re.findall(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)]
+            for name in ("Size", "Rss")
+        )
+        largest = max(range(len(sizes)), key=sizes.__getitem__)
+        return sum(resident) - resident[largest], resident[largest]
+
 
 @contextlib.contextmanager
 def served(*options: str) -> Iterator[Served]:

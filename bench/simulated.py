@@ -29,7 +29,7 @@ from drex.control.acceptance import Acceptance
 from drex.control.flush import FlushRule, Waiting
 from drex.control.scheduler import Scheduler
 from drex.request import SamplingParams
-from drex.sim.machines import MACHINES, roofline
+from drex.sim.machines import MACHINES, machine_profile
 from drex.sim.shapes import SHAPES
 from drex.sim.simulate import Scenario
 from drex.sim.workload import Job
@@ -182,7 +182,7 @@ def main() -> None:
         shape = SHAPES[name]
         third = shape.layers // 3
         lengths = (third, shape.layers - third)
-        costs = roofline(MACHINES[options.machine], shape, lengths)
+        costs = machine_profile(MACHINES[options.machine], shape, lengths)
         params = SamplingParams(temperature=0.0, ignore_eos=True)
         limits = (options.threshold,)
         scenario = Scenario(lengths, costs, (0.5,), "recompute", params, confidences=source, thresholds=limits)

@@ -56,10 +56,11 @@ class LLM:
             largest pass leaves. None is 0.9, unless `kv_cache_tokens` is given.
         kernels: `torch`, `triton`, or `auto`: Triton's on a GPU.
         enforce_eager: replay no CUDA graphs.
-        profile: what passes cost here. None is the cached profile of this model and machine, or else one that is
-            measured now, in some seconds; `measure` measures in any case; `nominal` measures nothing and learns while
-            serving; or a `Profile`, or the file of one.
-        threads: of the CPU; None is what the profile found best, or OMP_NUM_THREADS where that is set.
+        profile: what passes cost here, to begin with; it is learnt while serving. None is the profile that `drex
+            profile` left for this model and machine, or else an estimate from the model's sizes; `measured` measures
+            where none was left, in some seconds; `measure` measures in any case; `nominal` is a made-up machine; or a
+            `Profile`, or the file of one.
+        threads: of the CPU; None is what the profile or estimate found best, or OMP_NUM_THREADS where that is set.
         tokenizer: folder or hub id, where it is not beside the model.
         generation_config: where the sampling defaults of requests without settings of their own come from: `auto` (the
             model's `generation_config.json`, if it has one), `none`, or a folder with such a file.

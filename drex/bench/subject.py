@@ -34,7 +34,7 @@ from drex.sim.shapes import Shape, shape_named
 from drex.text_files import read_json_lines
 from drex.tokenizer import load_tokenizer
 from drex.tuning.corpus import split_held_out, standard_library
-from drex.tuning.profile_cache import obtain
+from drex.tuning.profile_cache import MEASURED, obtain
 
 TRAINED = "trained model"
 HELD_OUT_SHARE, PROMPT_DOCUMENTS = 0.02, 256
@@ -77,7 +77,7 @@ class Subject:
         if segments not in self.profiles:
             # The first layout that is profiled chooses the threads; the others are measured with as many.
             threads = torch.get_num_threads() if self.profiles else None
-            self.profiles[segments] = obtain(None, runner, self.config, model.exits, threads)
+            self.profiles[segments] = obtain(MEASURED, runner, self.config, model.exits, threads)
         config = replace(self.config, max_num_seqs=in_flight, **policy_settings(policy))
         scheduler = Scheduler(config, model.layout, model.exits.kv_fill, CostModel(self.profiles[segments]))
         return Engine(scheduler, TorchExecutor(runner))

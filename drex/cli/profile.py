@@ -40,7 +40,7 @@ def profile(
     from rich.table import Table
 
     from drex.llm import LLM
-    from drex.tuning.profile_cache import MEASURE
+    from drex.tuning.profile_cache import MEASURE, MEASURED
 
     settings = early_exit_from(exits, thresholds, criterion, kv_fill, False)
     found = LLM(
@@ -51,7 +51,7 @@ def profile(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         threads=threads,
-        profile=MEASURE if again else None,
+        profile=MEASURE if again else MEASURED,
         generation_config="none",
     ).profile
     table = Table(

@@ -75,7 +75,7 @@ def simulate(
     from drex.config import EngineConfig, per_exit
     from drex.control.profile import load_profile
     from drex.request import SamplingParams
-    from drex.sim.machines import MACHINES, roofline
+    from drex.sim.machines import MACHINES, machine_profile
     from drex.sim.shapes import SHAPES
     from drex.sim.simulate import Scenario, read_confidences, read_depths, run, segment_lengths
     from drex.sim.workload import draw_jobs, read_trace
@@ -88,7 +88,7 @@ def simulate(
     size = SHAPES[shape]
     layers = parse_ints(exits, "--exits") if exits else (size.layers // 2,)
     lengths = segment_lengths(layers, size.layers)
-    costs = roofline(MACHINES[machine.lower()], size, lengths) if profile is None else load_profile(profile)
+    costs = machine_profile(MACHINES[machine.lower()], size, lengths) if profile is None else load_profile(profile)
     if len(costs.segments) != len(lengths):
         raise ValueError(f"the profile has {len(costs.segments)} segments and --exits make {len(lengths)}")
     rates = parse_floats(exit_rates, "--exit-rates")

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from drex.control.profile import Curve, Profile, SegmentCost
+from drex.control.profile import Profile
+from drex.control.roofline import DecoderSizes, Rates, roofline
 from drex.sim.shapes import Shape
 
-COUNTS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 BYTES = 2
 
 
@@ -50,26 +50,24 @@ MACHINES = {
 }
 
 
-def roofline(machine: Machine, shape: Shape, lengths: Sequence[int]) -> Profile:
-    """What passes take on a machine: the longer of reading the weights and computing the rows, and K/V reads on top.
+def machine_profile(machine: Machine, shape: Shape, lengths: Sequence[int]) -> Profile:
+    """What passes take on a machine.
 
     Args:
         machine: a preset.
         shape: of the decoder.
         lengths: layers of each segment, each with the LM head at its end.
     """
-    bandwidth = machine.bandwidth * machine.bandwidth_share
-    compute = machine.compute * machine.compute_share
-
-    def matmul(weights: int, rows: int) -> float:
-        return max(weights * BYTES / bandwidth, 2 * weights * rows / compute)
-
-    head = Curve(tuple(map(float, COUNTS)), tuple(matmul(shape.head_weights, rows) for rows in COUNTS))
-    segments = []
-    for length in lengths:
-        weights = length * shape.layer_weights
-        curve = tuple(machine.launch + matmul(weights, rows) for rows in COUNTS)
-        kv_row = 2 * length * shape.hidden * shape.kv_values / compute
-        entry = length * shape.kv_values * BYTES / bandwidth
-        segments.append(SegmentCost(Curve(tuple(map(float, COUNTS)), curve), head, 0.0, entry, kv_row))
-    return Profile(tuple(segments), source=f"{machine.name}, modelled from its data sheet")
+    rates = Rates(
+        bandwidth=machine.bandwidth * machine.bandwidth_share,
+        compute=machine.compute * machine.compute_share,
+        pass_seconds=machine.launch,
+    )
+    sizes = DecoderSizes(
+        hidden=shape.hidden,
+        layer_weights=shape.layer_weights,
+        head_weights=[shape.head_weights] * len(lengths),
+        kv_values=shape.kv_values,
+        bytes_per_number=BYTES,
+    )
+    return Profile(roofline(rates, sizes, lengths), source=f"{machine.name}, modelled from its data sheet")

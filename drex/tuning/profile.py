@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TextColumn
 
 from drex.compute.device import device_name
 from drex.compute.segments import SegmentRunner
 from drex.config import EngineConfig, ExitRule
 from drex.control.plan import NO_ENTRIES, Contexts, Draws, Evaluations, IntArray, Pass, Rows, ragged
 from drex.control.profile import Curve, Profile, SegmentCost, mean_cost
+from drex.progress import Progress
 from drex.request import SamplingParams
 
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -31,10 +31,47 @@ POINT_SECONDS = 0.03
 """Repetitions of one measurement stop at the larger number, or at the smaller one once they took this long."""
 LONG_SECONDS = 0.3
 """What takes so long on a CPU needs no run that warms up. (On a GPU it may have been compiled.)"""
+MOST_SCATTER = 0.25
+"""Share of their mean by which rounds may differ at the median point."""
+MOST_DIP = 0.35
+"""Share by which a pass may be cheaper than one over fewer rows: kernels for wider products begin somewhere."""
 CONTEXT = 48
 LONG_CONTEXT = 8
 """How many times as long the contexts are that tell what an entry costs."""
 TINY = 1e-7
+
+
+class Measured(NamedTuple):
+    """A profile that was measured.
+
+    Attributes:
+        profile: the means of all rounds.
+        noise: why it should not be kept, in words; None if it can be.
+    """
+
+    profile: Profile
+    noise: str | None
+
+
+def noise(rounds: Sequence[Sequence[SegmentCost]]) -> str | None:
+    """What rounds of measurements say of how steady the machine was, in words; None if it was steady enough.
+
+    Args:
+        rounds: costs of all segments, a list a round.
+    """
+    scatters, dips = [], []
+    for costs in zip(*rounds, strict=True):
+        seconds = np.array([cost.rows.seconds for cost in costs])
+        mean = seconds.mean(0)
+        scatters.append(np.ptp(seconds, axis=0) / mean)
+        # How far each point lies below the dearest one of fewer rows.
+        dips.append(1 - mean / np.maximum.accumulate(mean))
+    scatter, dip = float(np.median(np.concatenate(scatters))), float(max(map(np.max, dips)))
+    if scatter > MOST_SCATTER:
+        return f"its rounds differ by {scatter:.0%} at the median"
+    if dip > MOST_DIP:
+        return f"passes over more rows came out up to {dip:.0%} cheaper than over fewer"
+    return None
 
 
 class Profiler:
@@ -53,8 +90,8 @@ class Profiler:
         params = SamplingParams(temperature=0.0)
         self._draws = Draws("", rule, params, 0, 0, (0,) * config.max_model_len, 0)
 
-    def measure(self, *, progress: bool = False) -> Profile:
-        """All segments, with the number of threads that torch has now."""
+    def measure(self) -> Measured:
+        """Measure all segments, with the number of threads that torch has now."""
         most = self.config.max_num_batched_tokens
         largest = min(most, 2 * self.config.max_num_seqs + self.config.fill_rows)
         # Passes that replay graphs take as long as the next larger graph.
@@ -63,12 +100,11 @@ class Profiler:
         grid = [count for count in counts if count < largest] + [largest]
         segments = range(len(self.layout.lengths))
         self._write_entries(largest)
-        with _bar("measuring this machine", ROUNDS * len(segments) * len(grid), progress) as advance:
-            rounds = [[self._segment(segment, grid, advance) for segment in segments] for _ in range(ROUNDS)]
+        with Progress("measuring this machine", ROUNDS * len(segments) * len(grid)) as bar:
+            rounds = [[self._segment(segment, grid, bar.advance) for segment in segments] for _ in range(ROUNDS)]
         threads = torch.get_num_threads() if self._on_cpu else None
-        return Profile(
-            tuple(map(mean_cost, zip(*rounds, strict=True))), threads, device_name(self.runner.decoder.device)
-        )
+        costs = tuple(map(mean_cost, zip(*rounds, strict=True)))
+        return Measured(Profile(costs, threads, device_name(self.runner.decoder.device)), noise(rounds))
 
     @property
     def _on_cpu(self) -> bool:
@@ -249,10 +285,3 @@ def _stepped(points: dict[int, float], buckets: Sequence[int]) -> dict[int, floa
 def _curve(points: dict[int, float]) -> Curve:
     counts = sorted(points)
     return Curve(tuple(map(float, counts)), tuple(max(TINY, points[count]) for count in counts))
-
-
-@contextmanager
-def _bar(text: str, total: int, show: bool) -> Iterator[Callable[[], None]]:
-    with Progress(TextColumn(text), BarColumn(), transient=True, disable=not show) as bar:
-        task = bar.add_task(text, total=total)
-        yield lambda: bar.advance(task)

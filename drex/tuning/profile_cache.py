@@ -1,4 +1,4 @@
-"""Finds the profile of a model on this machine, or has it measured.
+"""What an engine's costs begin from: a profile that was kept, one that is measured now, or an estimate.
 
 Profiles are kept by all that changes what a pass takes: model shape, exits, device, dtype, threads, torch, revision.
 """
@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +20,13 @@ from drex.compute.device import device_name
 from drex.compute.segments import SegmentRunner
 from drex.config import EngineConfig, ExitPlan
 from drex.control.profile import Profile, load_profile, nominal
+from drex.tuning.estimate import estimate
 from drex.tuning.own_cost import measure_own_cost, requests_at_once
 from drex.tuning.profile import Profiler, choose_threads
 
 log = logging.getLogger(__name__)
-MEASURE = "measure"
+MEASURE, MEASURED, NOMINAL = "measure", "measured", "nominal"
+"""Choices beside a profile and its file: measure now; the kept one, or else measure now; a made-up machine."""
 FRESH_SECONDS = 30 * 86_400.0
 REVISION = 4
 """Raised whenever a change of drex makes passes cost something else."""
@@ -49,39 +50,52 @@ def obtain(
     """The profile that an engine starts from; sets the number of CPU threads.
 
     Args:
-        asked: a profile, the file of one, `nominal`, `measure` (now, whatever is cached), or None: the cached one, or
-            else one that is measured now.
-        runner: of the model; its K/V is overwritten.
-        config, exits: of the engine.
+        asked: a profile; the file of one; `measure` (now, whatever is kept); `measured` (the kept one, or else one that
+            is measured now); `nominal` (costs of a made-up machine); or None: the kept one, or else an estimate.
+        runner: of the model; measuring overwrites its K/V.
+        config: of the engine.
+        exits: of the engine.
         threads: for the CPU; None leaves it to OMP_NUM_THREADS, or else to the profile.
 
     Raises:
         ValueError: a file that is no profile, or one of a model with other segments.
     """
     lengths = runner.layout.lengths
-    on_cpu = runner.decoder.device.type == "cpu"
     if threads is not None:
         if threads < 1:
             raise ValueError(f"threads is {threads}: give at least 1")
         torch.set_num_threads(threads)
-    if asked is not None and asked != MEASURE:
-        given = nominal(lengths) if asked == "nominal" else asked
+    if asked is not None and asked not in (MEASURE, MEASURED):
+        given = nominal(lengths) if asked == NOMINAL else asked
         ready = given if isinstance(given, Profile) else load_profile(given)
         if len(ready.segments) != len(lengths):
             raise ValueError(f"the profile has {len(ready.segments)} segments and the engine {len(lengths)}")
         return ready
-    free = on_cpu and threads is None and "OMP_NUM_THREADS" not in os.environ
+    free = runner.decoder.device.type == "cpu" and threads is None and "OMP_NUM_THREADS" not in os.environ
     key = _key(runner, config, exits, None if free else torch.get_num_threads())
-    profile = None if asked == MEASURE else find(key)
-    if profile is None:
-        profiler = Profiler(runner, config, exits.rule, exits.kv_fill)
-        if free:
-            choose_threads(profiler, len(os.sched_getaffinity(0)))
-        profile = profiler.measure(progress=sys.stderr.isatty())
-        profile = replace(profile, own=measure_own_cost(runner, config, exits, profile))
+    kept = None if asked == MEASURE else find(key)
+    if kept is not None:
+        if free and kept.threads is not None:
+            torch.set_num_threads(kept.threads)
+        return kept
+    if asked is None:
+        return estimate(runner, None if free else torch.get_num_threads())
+    return _measure_and_keep(key, runner, config, exits, free)
+
+
+def _measure_and_keep(
+    key: dict[str, Any], runner: SegmentRunner, config: EngineConfig, exits: ExitPlan, free: bool
+) -> Profile:
+    """Measure a profile, and keep it if the machine was quiet enough; `free` chooses the number of CPU threads too."""
+    profiler = Profiler(runner, config, exits.rule, exits.kv_fill)
+    if free:
+        choose_threads(profiler, len(os.sched_getaffinity(0)))
+    measured = profiler.measure()
+    profile = replace(measured.profile, own=measure_own_cost(runner, config, exits, measured.profile))
+    if measured.noise is None:
         store(key, profile)
-    elif free and profile.threads is not None:
-        torch.set_num_threads(profile.threads)
+    else:
+        log.warning("the profile is used now and not kept: %s; measure again on a quiet machine", measured.noise)
     return profile
 
 

@@ -22,7 +22,7 @@ from drex.control.rates import ExitRates
 from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
 from drex.request import FinishReason, Request
-from drex.sim.machines import MACHINES, roofline
+from drex.sim.machines import MACHINES, machine_profile
 from drex.sim.shapes import SHAPES
 from drex.sim.simulate import Scenario, run
 from drex.sim.workload import Job
@@ -316,7 +316,7 @@ def speed(policy: str, count: int, acceptance: float, rounds: int = 4) -> float:
     lengths = (13, 27)
     scenario = Scenario(
         lengths,
-        roofline(MACHINES["h200"], SHAPES["llama-2-13b"], lengths),
+        machine_profile(MACHINES["h200"], SHAPES["llama-2-13b"], lengths),
         (0.4,),
         "recompute",
         request(0, 1, 1, 2).params,
