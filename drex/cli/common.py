@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -76,12 +77,15 @@ def early_exit_from(
     )
 
 
-def parse_ints(text: str, option: str) -> tuple[int, ...]:
-    """'4,8' -> (4, 8); raises ValueError naming the option."""
+def parse_ints(text: str, option: str, least: int | None = None) -> tuple[int, ...]:
+    """'4,8' -> (4, 8); raises ValueError naming the option, for a number below `least` too."""
     try:
-        return tuple(int(part) for part in text.split(","))
+        found = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{option} {text!r}: give whole numbers separated by commas, as in 4,8") from None
+    if least is not None and min(found) < least:
+        raise ValueError(f"{option} {text!r}: give whole numbers from {least} on")
+    return found
 
 
 def parse_floats(text: str, option: str) -> tuple[float, ...]:
@@ -90,3 +94,33 @@ def parse_floats(text: str, option: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{option} {text!r}: give numbers separated by commas, as in 0.5,0.7") from None
+
+
+def check_at_least(least: float, **given: float | None) -> None:
+    """Raise ValueError for the first number that is below `least`, or none at all.
+
+    Args:
+        least: the smallest that is good.
+        given: numbers by their options, as in `output_tokens` for --output-tokens; None was not given.
+    """
+    for name, value in given.items():
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"{_option(name)} is {value}: give a number from {least} on")
+
+
+def check_above_zero(**given: float | None) -> None:
+    """Raise ValueError for the first number, named as in `check_at_least`, that is not above 0 and finite."""
+    for name, value in given.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{_option(name)} is {value}: give a number above 0")
+
+
+def check_share(**given: float | None) -> None:
+    """Raise ValueError for the first number, named as in `check_at_least`, that is no share from 0 to 1."""
+    for name, value in given.items():
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{_option(name)} is {value}: give a share from 0 to 1")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
