@@ -27,6 +27,7 @@ class Progress:
         text: what is done, as in `scoring`.
         total: units of work; `grow` adds more that turn up later.
         show: False shows nothing.
+        lines: write lines on a terminal too, because results are written to it meanwhile.
         file: where to; None is standard error. A terminal gets a bar, anything else lines.
         now: the clock, in seconds.
     """
@@ -37,18 +38,21 @@ class Progress:
         total: float,
         *,
         show: bool = True,
+        lines: bool = False,
         file: TextIO | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._text, self._total, self._done, self._show, self._now = text, total, 0.0, show, now
+        self._lines = lines
         self._file = sys.stderr if file is None else file
         self._began, self._said = now(), -float("inf")
+        self._status = ""
         self._bar: Bar | None = None
         self._task = TaskID(0)
 
     def __enter__(self) -> Progress:
         console = Console(file=self._file)
-        if self._show and self._file.isatty() and not console.is_dumb_terminal:
+        if self._show and not self._lines and self._file.isatty() and not console.is_dumb_terminal:
             columns = (
                 *(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()),
                 *(TextColumn("{task.fields[status]}"), TimeRemainingColumn()),
@@ -79,19 +83,21 @@ class Progress:
             status: a few words on it, shown from now on; empty leaves what was shown.
         """
         self._done += units
+        self._status = status or self._status
         if self._bar is not None:
-            changed = {"status": status} if status else {}
-            self._bar.update(self._task, completed=self._done, **changed)
+            self._bar.update(self._task, completed=self._done, status=self._status)
         elif self._show:
-            self._line(status)
+            self._line()
 
-    def _line(self, status: str) -> None:
+    def _line(self) -> None:
         now = self._now()
-        if now - self._began < FIRST_LINE_SECONDS or now - self._said < LINE_SECONDS or self._done >= self._total:
+        if now - self._began < FIRST_LINE_SECONDS or now - self._said < LINE_SECONDS:
+            return
+        if not 0 < self._done < self._total:
             return
         self._said = now
         left = (now - self._began) * (self._total - self._done) / self._done
-        said = f", {status}" if status else ""
+        said = f", {self._status}" if self._status else ""
         self._file.write(f"{self._text}: {self._done / self._total:.0%}, {spell(left)} left{said}\n")
         self._file.flush()
 

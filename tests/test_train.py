@@ -18,10 +18,10 @@ from drex import LLM, EarlyExit
 from drex.tuning import run as training
 from drex.tuning.corpus import Blocks, Document, read_documents, split_held_out, tokenize, train_tokenizer
 from drex.tuning.evaluate import evaluate, held_out_blocks, set_threshold
+from drex.tuning.interruption import Stopped
 from drex.tuning.losses import exit_loss_weights
 from drex.tuning.optim import Muon, orthogonalize
 from drex.tuning.recipe import TrainConfig
-from drex.tuning.interruption import Stopped
 from drex.tuning.train import TrainReport, check_folder, train
 
 QUIET = io.StringIO()
@@ -181,9 +181,7 @@ def test_a_refusal_never_names_a_way_that_is_refused_too(tmp_path: Path, state: 
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_beginning_without_a_checkpoint_is_begun_afresh(
-    tmp_path: Path, trained: tuple[Path, TrainReport]
-) -> None:
+def test_a_beginning_without_a_checkpoint_is_begun_afresh(tmp_path: Path, trained: tuple[Path, TrainReport]) -> None:
     documents = corpus()
     tokenizer = train_tokenizer(split_held_out(documents, 0.2)[0], 300)
     out = tmp_path / "model"
@@ -201,7 +199,7 @@ def test_a_broken_checkpoint_is_refused_with_a_remedy(tmp_path: Path, trained: t
     whole = (trained[0] / "training/checkpoint.pt").read_bytes()
     for content in (b"", b"not a checkpoint", whole[: len(whole) // 2]):
         (out / "training/checkpoint.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="can't be read .*: start again in a new folder"):
+        with pytest.raises(ValueError, match=r"can't be read .*: start again in a new folder"):
             train(documents, 300, out, config(), resume=True, file=QUIET)
 
 

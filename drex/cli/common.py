@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from drex.config import EarlyExit
+from drex.checkpoint import check_threshold
+from drex.config import EarlyExit, Thresholds
 
 EXIT_LAYERS_HELP = "Exit points: comma-separated counts of layers executed, as in 4,8."
 
@@ -18,6 +21,9 @@ ModelOption = Annotated[
 ExitsOption = Annotated[str | None, typer.Option("--exits", help=EXIT_LAYERS_HELP)]
 ThresholdsOption = Annotated[
     str | None, typer.Option("--thresholds", help="Confidence at which a token exits: one number, or one an exit.")
+]
+SweepOption = Annotated[
+    str | None, typer.Option("--sweep", help="Compare several thresholds, each for all exits, as in 0.5,0.7,0.9.")
 ]
 CriterionOption = Annotated[
     str | None, typer.Option("--criterion", help="max_prob, margin, entropy, state, patience, probe or trace.")
@@ -75,6 +81,35 @@ def early_exit_from(
         criterion=criterion,
         kv_fill=kv_fill,
     )
+
+
+def sweep_from(thresholds: str | None, sweep: str | None, default: Sequence[float]) -> list[Thresholds]:
+    """What a command that compares thresholds compares: the one setting of --thresholds, or those of --sweep.
+
+    Args:
+        thresholds: text of --thresholds: one number, or one an exit.
+        sweep: text of --sweep: numbers, each for all exits.
+        default: the sweep where neither is given.
+
+    Raises:
+        ValueError: both were given, or what is no threshold.
+    """
+    if thresholds is not None and sweep is not None:
+        raise ValueError("--thresholds is one setting and --sweep compares several: give one of them")
+    if thresholds is None:
+        return [check_threshold(each) for each in (default if sweep is None else parse_floats(sweep, "--sweep"))]
+    numbers = tuple(map(check_threshold, parse_floats(thresholds, "--thresholds")))
+    return [numbers if len(numbers) > 1 else numbers[0]]
+
+
+@contextmanager
+def hinting_at_sweep() -> Iterator[None]:
+    """Name --sweep where there are not as many --thresholds as exit points: they may have been meant to be compared."""
+    try:
+        yield
+    except ValueError as error:
+        hint = "; to compare several, --sweep" if str(error).startswith("thresholds [") else ""
+        raise ValueError(f"{error}{hint}") from error
 
 
 def parse_ints(text: str, option: str, least: int | None = None) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from drex.cli.common import (
     early_exit_from,
 )
 from drex.outputs import ExitStats, TokenOutput
+from drex.progress import Progress
 from drex.request import SamplingParams
 from drex.text_files import decode, read_lines, read_text
 
@@ -121,14 +122,20 @@ def generate(
                 job.error = str(error)
     started = time.perf_counter()
     writer = _JsonWriter(layers) if as_json else _TextWriter(llm.model.exits.layers, single=len(jobs) == 1)
-    _serve(llm, jobs, params, writer)
+    # Text that is seen as it comes needs no progress beside it.
+    on_terminal = sys.stdout.isatty()
+    tokens = params.max_tokens * sum(job.error is None for job in jobs)
+    with Progress("generating", tokens, show=as_json or not on_terminal, lines=on_terminal) as progress:
+        _serve(llm, jobs, params, writer, progress)
     if not as_json:
         _summary(jobs, time.perf_counter() - started, layers)
     if any(job.error is not None for job in jobs):
         raise typer.Exit(2)
 
 
-def _serve(llm: Any, jobs: list[Job], params: SamplingParams, writer: _JsonWriter | _TextWriter) -> None:
+def _serve(
+    llm: Any, jobs: list[Job], params: SamplingParams, writer: _JsonWriter | _TextWriter, progress: Progress
+) -> None:
     """Run what can be served; everything is written in the order of the prompts."""
     good = [job for job in jobs if job.error is None]
     ahead = iter(jobs)
@@ -140,6 +147,8 @@ def _serve(llm: Any, jobs: list[Job], params: SamplingParams, writer: _JsonWrite
         job.tokens.extend(chunk.tokens)
         job.finish_reason, job.error = chunk.finish_reason, chunk.error
         job.seconds = time.perf_counter() - started
+        never = params.max_tokens - len(job.tokens) if job.finish_reason else 0
+        progress.advance(len(chunk.tokens) + never)
         if current is not None and job is current:
             writer.progress(job)
         while current is not None and (current.error is not None or current.finish_reason is not None):

@@ -40,7 +40,9 @@ class OutputFile:
             raise self._refusal(error, "name a file in a folder that you may write to") from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._file is not None:
             self._file.close()
             assert self.path is not None

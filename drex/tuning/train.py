@@ -72,7 +72,9 @@ def train(
     eos = vocabulary.eos_token_id
     assert isinstance(eos, int)
     folder = out / TRAINING
-    run = TrainingRun(config, EarlyExitModel(config, len(vocabulary), eos).to(device), train_blocks, folder, device, file)
+    run = TrainingRun(
+        config, EarlyExitModel(config, len(vocabulary), eos).to(device), train_blocks, folder, device, file
+    )
     if resume:
         run.load()
     else:
