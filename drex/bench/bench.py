@@ -110,7 +110,7 @@ def run(
         for count, work in works:
             runs += _take_turns(subject, policies, count, work, repeats, progress, judged=judged)
     facts = machine.describe()
-    facts["machine"]["other_processes_share"] = load.share()
+    facts["machine"]["others_cpu_share"] = load.share()
     plan, spec = subject.model.exits, subject.model.decoder.spec
     report = {
         **facts,

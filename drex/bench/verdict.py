@@ -113,7 +113,7 @@ def listed(words: Iterable[str]) -> str:
 
 def doubts(report: dict[str, Any]) -> str | None:
     """Say why the times of a report are not to be trusted, or None where nothing speaks against them."""
-    share = real(report, "machine.other_processes_share")
+    share = real(report, "machine.others_cpu_share")
     if share is None or share < BUSY_SHARE:
         return None
     cores = dig(report, "machine.cores")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -44,16 +45,16 @@ class OutputFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()
-            assert self.path is not None
-            if self._made:
+            with suppress(OSError):  # what could not be written has been told
+                self._file.close()
+            if self._made and self.path is not None:
                 self.path.unlink(missing_ok=True)
 
     def write(self, text: str) -> None:
         """Replace what the file holds, and say so on standard error; raises ValueError where that fails."""
         assert self._file is not None
         try:
-            if self._file.seekable():
+            if self.path is not None and self.path.is_file():  # not a pipe or a device
                 self._file.truncate(0)
             self._file.write(text)
             self._file.flush()

@@ -272,6 +272,25 @@ def test_full_depth_runs_beside_it_and_the_first_difference_is_marked(visit: Vis
     assert "100 % full depth" in str(visit.pane(1).locator(".shares").get_attribute("aria-label"))
 
 
+def test_the_two_streams_take_turns_and_the_page_says_so(visit: Visit) -> None:
+    """Side by side they would slow each other down, and their tokens a second would compare nothing."""
+    open_at_once = []
+    visit.page.on("request", lambda request: _count(open_at_once, request, 1))
+    visit.page.on("requestfinished", lambda request: _count(open_at_once, request, -1))
+    assert "take turns" in visit.page.locator("#turns").inner_text()
+    visit.run(60)
+    until(lambda: len(open_at_once) == 4)
+    assert open_at_once == [1, 0, 1, 0]
+    visit.page.uncheck("#compare")
+    assert visit.page.locator("#turns").is_hidden()
+
+
+def _count(seen: list[int], request: Any, change: int) -> None:
+    """Note how many completions are open, after one has begun or ended."""
+    if request.url.endswith("/v1/completions"):
+        seen.append((seen[-1] if seen else 0) + change)
+
+
 def test_sliders_change_the_request(visit: Visit) -> None:
     visit.page.uncheck("#compare")
     for name, value in (("threshold-2", 0.91), ("threshold-4", 1), ("temperature", 1.25), ("top_p", 0.6)):
@@ -295,9 +314,12 @@ def test_a_run_can_be_stopped(visit: Visit, server: Server) -> None:
     visit.set("max_tokens", 1000)
     visit.page.fill("#prompt", "the cat")
     visit.page.click("#run")
-    visit.pane(1).locator(".token").nth(3).wait_for()
+    visit.pane(0).locator(".token").nth(3).wait_for()
+    assert visit.pane(1).locator(".state").inner_text() == "waits for its turn"
     visit.page.click("#stop")
-    until(lambda: visit.pane(0).locator(".state").inner_text() == "stopped")
+    for number in (0, 1):
+        until(lambda pane=number: visit.pane(pane).locator(".state").inner_text() == "stopped")
+    assert visit.pane(1).locator(".token").count() == 0
     assert visit.page.locator("#run").is_enabled()
     until(lambda: server.serving.unfinished == 0)
 
