@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -65,3 +66,13 @@ class OutputFile:
 
     def _refusal(self, error: OSError, remedy: str) -> ValueError:
         return ValueError(f"{self._option} {self.path} can't be written ({error.strerror}): {remedy}")
+
+
+def output_path(text: str) -> Path:
+    """A path that can be written, as the type of an argparse option; one that can't ends a script before its work."""
+    path = Path(text)
+    try:
+        with OutputFile(path, "file"):
+            return path
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
