@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -148,6 +148,12 @@ def check_above_zero(**given: float | None) -> None:
     for name, value in given.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{_option(name)} is {value}: give a number above 0")
+
+
+def check_choice(option: str, value: str, known: Collection[str]) -> None:
+    """Raise ValueError for a value that is not among those known, naming these."""
+    if value not in known:
+        raise ValueError(f"{option} {value!r}: choose one of {', '.join(known)}")
 
 
 def check_share(**given: float | None) -> None:

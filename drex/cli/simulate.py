@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,11 +25,16 @@ from drex.cli.common import (
     TraceSpeedOption,
     check_above_zero,
     check_at_least,
+    check_choice,
     check_share,
     parse_floats,
     parse_ints,
 )
 from drex.cli.output import OutputFile
+
+if TYPE_CHECKING:
+    from drex.config import EngineConfig
+    from drex.sim.workload import Job
 
 YOUNG_OBJECTS = 20_000
 """Between two collections of them: a run makes no cycles, and looking for some at every 700 took a tenth of it."""
@@ -78,7 +84,7 @@ def simulate(
     from drex.bench.verdict import verdict
     from drex.bench.versions import versions
     from drex.checkpoint import KV_FILLS
-    from drex.config import EngineConfig, per_exit, policy_settings
+    from drex.config import per_exit, policy_settings
     from drex.control.profile import load_profile
     from drex.progress import Progress
     from drex.request import SamplingParams
@@ -89,10 +95,9 @@ def simulate(
 
     # Whether early exit pays is in the report.
     logging.getLogger("drex.engine").setLevel(logging.ERROR)
-    chosen = ((shape, SHAPES, "--shape"), (machine.lower(), MACHINES, "--machine"), (kv_fill, KV_FILLS, "--kv-fill"))
-    for name, known, option in chosen:
-        if name not in known:
-            raise ValueError(f"{option} {name!r}: choose one of {', '.join(known)}")
+    check_choice("--shape", shape, SHAPES)
+    check_choice("--machine", machine.lower(), MACHINES)
+    check_choice("--kv-fill", kv_fill, KV_FILLS)
     check_at_least(1, requests=requests, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
     check_above_zero(rate=rate, trace_scale=trace_scale, trace_speed=trace_speed)
     check_share(acceptance=acceptance)
@@ -120,18 +125,7 @@ def simulate(
     else:
         lengths_of = (prompt_tokens, prompt_tokens), (output_tokens, output_tokens)
         jobs = draw_jobs(requests, *lengths_of, rate=rate, seed=seed)
-    longest = max(job.prompt + job.output for job in jobs)
-    configs = [
-        EngineConfig(
-            max_model_len=longest,
-            max_num_seqs=count,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_tokens=count * longest,
-            max_slowdown=max_slowdown,
-            adaptive=adaptive,
-        )
-        for count in counts
-    ]
+    configs = _configs(jobs, counts, max_num_batched_tokens, max_slowdown, adaptive)
     gc.set_threshold(YOUNG_OBJECTS)
     with OutputFile(json_file, "--json") as data, OutputFile(html_file, "--html") as page:
         with Progress("simulating", len(jobs) * len(names) * len(configs)) as progress:
@@ -144,3 +138,23 @@ def simulate(
             data.write(json.dumps(report, indent=1) + "\n")
         if page.wanted:
             page.write(render(report) + "\n")
+
+
+def _configs(
+    jobs: Sequence[Job], counts: Sequence[int], max_num_batched_tokens: int, max_slowdown: float | None, adaptive: bool
+) -> list[EngineConfig]:
+    """Settings of an engine for each count in flight; it has K/V for as many of the longest job."""
+    from drex.config import EngineConfig
+
+    longest = max(job.prompt + job.output for job in jobs)
+    return [
+        EngineConfig(
+            max_model_len=longest,
+            max_num_seqs=count,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_tokens=count * longest,
+            max_slowdown=max_slowdown,
+            adaptive=adaptive,
+        )
+        for count in counts
+    ]
