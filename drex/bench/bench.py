@@ -16,7 +16,8 @@ from drex.bench.subject import TRAINED, Subject
 from drex.bench.verdict import verdict
 from drex.config import ExitRule
 from drex.engine.driver import serve
-from drex.engine.engine import Emitted, Engine
+from drex.engine.engine import Engine
+from drex.engine.samples import Emitted
 from drex.progress import Progress
 from drex.request import Request, SamplingParams
 from drex.sim.workload import Job

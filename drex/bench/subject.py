@@ -28,6 +28,7 @@ from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
 from drex.engine.engine import Engine
 from drex.engine.torch_executor import TorchExecutor
+from drex.progress import Progress
 from drex.runner import build_runner
 from drex.sim.shapes import Shape, shape_named
 from drex.sim.simulate import segment_lengths
@@ -169,8 +170,9 @@ def _random_decoder(shape: Shape, length: int, device: torch.device, dtype: torc
         return torch.ones(shape.hidden, device=device, dtype=dtype)
 
     query, both = shape.heads * shape.head_size, (shape.heads + 2 * shape.kv_heads) * shape.head_size
-    layers = [
-        LayerWeights(
+
+    def layer() -> LayerWeights:
+        return LayerWeights(
             attention_norm=ones(),
             qkv=linear(matrix(both, shape.hidden)),
             q_norm=None,
@@ -180,8 +182,12 @@ def _random_decoder(shape: Shape, length: int, device: torch.device, dtype: torc
             gate_up=linear(matrix(2 * shape.intermediate, shape.hidden)),
             down=linear(matrix(shape.hidden, shape.intermediate)),
         )
-        for _ in range(shape.layers)
-    ]
+
+    layers = []
+    with Progress("drawing random weights", shape.layers) as progress:
+        for _ in range(shape.layers):
+            layers.append(layer())
+            progress.advance()
     embedding = matrix(shape.vocab, shape.hidden)
     lm_head = embedding if shape.tied else matrix(shape.vocab, shape.hidden)
     return Decoder(ModelSpec.from_hf(config, frozenset()), embedding, layers, ones(), linear(lm_head))
