@@ -30,10 +30,6 @@ FILL_ROWS, FILL_ROWS_A_REQUEST = 256, 8
 """Of `max_fill_rows`: at least, and for each request in flight. At exit rate .8 a buffered row owes 4 in the mean."""
 
 
-Thresholds = float | tuple[float, ...]
-"""One for all exit points, or one for each."""
-
-
 @dataclass(frozen=True)
 class EarlyExit:
     """Early-exit settings; None means what `early_exit.json` says (or, for one request, what the engine has).
@@ -234,12 +230,6 @@ def per_exit(thresholds: float | Sequence[float], count: int) -> tuple[float, ..
     if len(values) != count:
         raise ValueError(f"thresholds {list(values)}: give one number, or one for each of {count} exits")
     return values
-
-
-def spell_thresholds(thresholds: Thresholds) -> str:
-    """Thresholds as their option takes them: 0.7, or 0.6,0.7."""
-    values = thresholds if isinstance(thresholds, tuple) else (thresholds,)
-    return ",".join(f"{value:g}" for value in values)
 
 
 def resolve_exits(asked: EarlyExit | None, recorded: EarlyExitFile | None, num_layers: int) -> ExitPlan:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drex.config import EarlyExit, Thresholds, per_exit, spell_thresholds
+from drex.checkpoint import Thresholds, spell_thresholds
+from drex.config import EarlyExit, per_exit
 from drex.control.cost import CostModel
 from drex.control.yardstick import measure
 from drex.llm import LLM

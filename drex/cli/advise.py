@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from drex.checkpoint import spell_thresholds
 from drex.cli.common import (
     CriterionOption,
     DeviceOption,
@@ -24,7 +25,7 @@ from drex.cli.common import (
     parse_ints,
     sweep_from,
 )
-from drex.config import EarlyExit, spell_thresholds
+from drex.config import EarlyExit
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from drex.checkpoint import check_threshold
-from drex.config import EarlyExit, Thresholds
+from drex.checkpoint import Thresholds, check_threshold
+from drex.config import EarlyExit
 
 EXIT_LAYERS_HELP = "Exit points: comma-separated counts of layers executed, as in 4,8."
 

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from drex.checkpoint import spell_thresholds
 from drex.cli.common import (
     CriterionOption,
     DtypeOption,
@@ -27,7 +28,7 @@ from drex.cli.common import (
     sweep_from,
 )
 from drex.cli.output import OutputFile
-from drex.config import EarlyExit, spell_thresholds
+from drex.config import EarlyExit
 
 if TYPE_CHECKING:
     from drex.tuning.evaluate import Quality
