@@ -29,6 +29,7 @@ from rich.console import Console
 from workload import MODELS, OUTPUT_TOKENS, PROMPT_TOKENS, Job, Subject, make_jobs, prepare, warm_up
 
 from drex.bench import machine
+from drex.cli.output import output_path
 from drex.compute.device import has_fast_bfloat16
 
 SLOW_SCALE = 0.2
@@ -51,7 +52,7 @@ def arguments() -> argparse.Namespace:
         help=f"factor on prompt and output lengths; default 1, or {SLOW_SCALE} where the CPU has no bfloat16",
     )
     parser.add_argument("--quick", action="store_true", help=f"one repetition, lengths times {QUICK_SCALE} again")
-    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument("--json", type=output_path, help="file for all numbers")
     options = parser.parse_args()
     for name, known in (("models", MODELS), ("dtypes", ("float32", "bfloat16"))):
         setattr(options, name, getattr(options, name).split(","))

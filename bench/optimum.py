@@ -15,7 +15,6 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +24,7 @@ from drex.bench import machine
 from drex.bench.runner import Cell, take_turns
 from drex.bench.subject import Subject, synthetic, trained
 from drex.bench.yardsticks import Found, accuracy, yardstick
+from drex.cli.output import output_path
 from drex.config import EngineConfig, ExitRule
 from drex.control.cost import CostModel
 from drex.engine.metrics import PassRecord
@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--passes", type=int, default=60, help="output tokens of a request; more at few in flight")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--virtual", action="store_true", help=VIRTUAL)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_path)
     return parser.parse_args()
 
 

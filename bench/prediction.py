@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from drex.bench import machine
 from drex.bench.bench import Workload, random_prompts
 from drex.bench.runner import Cell
 from drex.bench.subject import Subject, synthetic
+from drex.cli.output import output_path
 from drex.config import EngineConfig
 from drex.control.cost import CostModel
 from drex.control.profile import Profile
@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--policies", default="full,split,drex")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_path)
     return parser.parse_args()
 
 

@@ -14,7 +14,6 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from drex.bench.runner import Cell, take_turns
 from drex.bench.subject import Subject, synthetic
 from drex.bench.traced import Traced
 from drex.bench.yardsticks import yardstick
+from drex.cli.output import output_path
 from drex.config import EngineConfig
 from drex.control.plan import Evaluations
 from drex.engine.metrics import PassRecord
@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", choices=("bounds", "stress"))
     parser.add_argument("--virtual", action="store_true", help=VIRTUAL)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_path)
     return parser.parse_args()
 
 

@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import statistics
-from pathlib import Path
 from typing import Any
 
 from optimum import rate
@@ -28,6 +27,7 @@ from drex.bench.bench import Workload
 from drex.bench.runner import Cell, while_all_decode
 from drex.bench.subject import Subject, held_out_prompts, trained
 from drex.bench.yardsticks import Found, yardstick
+from drex.cli.output import output_path
 from drex.config import EngineConfig
 from drex.request import SamplingParams
 from drex.sim.executor import RecordedExits, VirtualExecutor
@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--in-flight", default="1,4,8,16,32,64")
     parser.add_argument("--tokens", type=int, default=64, help="of each request; more at few in flight")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_path)
     return parser.parse_args()
 
 

@@ -17,7 +17,6 @@ import itertools
 import json
 import statistics
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from drex.bench.runner import Cell, while_all_decode
 from drex.bench.subject import Subject, held_out_prompts, synthetic, trained
 from drex.bench.traced import Traced
 from drex.bench.yardsticks import yardstick
+from drex.cli.output import output_path
 from drex.config import EngineConfig
 from drex.llm import LLM
 from drex.request import SamplingParams
@@ -60,7 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--trace-tokens", type=int, default=16384, help="held-out tokens whose confidences are recorded"
     )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_path)
     options = parser.parse_args()
     if "drex" not in options.policies.split(","):
         parser.error("--policies needs drex, which run-ahead is compared with")

@@ -13,13 +13,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from drex.bench.versions import versions
+from drex.cli.output import output_path
 from drex.config import EngineConfig
 from drex.control.cost import CostModel
 from drex.control.outlook import GRAIN
@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--in-flight", default="16,64,256")
     parser.add_argument("--run-ahead", choices=("off", "trusted", "lossless"), default="off")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_path)
     return parser.parse_args()
 
 

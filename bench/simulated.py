@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +23,7 @@ from run_ahead import recorded
 from drex.bench.runner import Cell, while_all_decode
 from drex.bench.versions import versions
 from drex.bench.yardsticks import yardstick
+from drex.cli.output import output_path
 from drex.config import EngineConfig, policy_settings
 from drex.control.acceptance import Acceptance
 from drex.control.flush import FlushRule, Waiting
@@ -112,7 +112,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--searched", default=",".join(POLICIES[2:]), help="policies whose rule is searched against")
     parser.add_argument("--miscalibrated", type=float, help="run trusted run-ahead with chances off by so much, too")
     parser.add_argument("--trace-tokens", type=int, default=16384)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_path)
     return parser.parse_args()
 
 

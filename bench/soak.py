@@ -28,8 +28,8 @@ from served import Served, served
 WORDS = ("def", "class", "import", "return", "self", "for", "in", "if", "None", "os", "path", "open", "read", "list")
 WRONG: tuple[dict[str, Any], ...] = (
     {"temperature": 7},
-    {"max_tokens": -1},
-    {"prompt": []},
+    {"max_tokens": -2},
+    {"prompt": ""},
     {"prompt": [10**9]},
     {"nonsense": 1},
     {"model": "another"},

@@ -21,6 +21,8 @@ VERSION = 1
 HEAD_KINDS = ("shared", "norm", "linear", "mlp")
 CRITERIA = ("max_prob", "margin", "entropy", "state", "patience", "probe", "trace")
 KV_FILLS = ("recompute", "project", "alias", "mask")
+Thresholds = float | tuple[float, ...]
+"""One for all exit points, or one for each."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,12 @@ def check_threshold(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
         raise ValueError(f"threshold {value!r}: give a number from 0 on (above 1 the exit is never taken)")
     return float(value)
+
+
+def spell_thresholds(thresholds: Thresholds) -> str:
+    """Thresholds as their option takes them: 0.7, or 0.6,0.7."""
+    values = thresholds if isinstance(thresholds, tuple) else (thresholds,)
+    return ",".join(f"{value:g}" for value in values)
 
 
 def _one_of(value: Any, choices: tuple[str, ...], field: str) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from drex.compute.load import LoadedModel, inspect_model, load_model
 from drex.config import EarlyExit, EngineConfig, check_lossless
@@ -21,6 +19,7 @@ from drex.engine.torch_executor import TorchExecutor
 from drex.generation_config import GenerationDefaults, read_generation_defaults
 from drex.intake import Intake, spread
 from drex.outputs import Chunk, CompletionOutput, ExitStats, RequestOutput, Scored
+from drex.progress import Progress
 from drex.prompts import Message, Prompt, list_conversations, list_prompts, list_token_ids
 from drex.request import Request, SamplingParams
 from drex.runner import build_runner, fit, out_of_memory_refused
@@ -143,7 +142,7 @@ class LLM:
         Args:
             prompts: text or token ids, one or a list.
             sampling_params: for all, or one a prompt; None is `get_default_sampling_params()`.
-            use_tqdm: show a progress bar (on a terminal, for more than one prompt); the name is vLLM's.
+            use_tqdm: show progress on standard error, for more than one prompt; the name is vLLM's.
 
         Raises:
             ValueError: a prompt or setting that can't be served; nothing is generated then.
@@ -219,6 +218,7 @@ class LLM:
         *,
         early_exit: EarlyExit | None = None,
         use_tqdm: bool = True,
+        each: Callable[[], None] | None = None,
     ) -> list[Scored]:
         """Teacher-forced log-probabilities of one or many token sequences.
 
@@ -226,13 +226,15 @@ class LLM:
             token_ids: one sequence or a list of them, each of at least 2 tokens.
             early_exit: None scores at full depth; otherwise every position exits where its own confidence reaches the
                 threshold, under the fill that is served. `EarlyExit()` takes the engine's settings.
-            use_tqdm: show a progress bar on a terminal.
+            use_tqdm: show progress on standard error, for more than one sequence.
+            each: called after every sequence, instead of showing progress.
 
         Raises:
             ValueError: a sequence that is too short, too long, or has a token id outside of the vocabulary.
         """
         requests = [self.intake.scoring(ids, early_exit) for ids in list_token_ids(token_ids)]
-        done = self._run(requests, progress=use_tqdm and len(requests) > 1, text="scoring")
+        show = use_tqdm and len(requests) > 1
+        done = self._run(requests, progress=show, text="scoring", each=each)
         return [self._scored(request, done[request.request_id]) for request in requests]
 
     def _scored(self, request: Request, whole: CompletionOutput) -> Scored:
@@ -246,14 +248,22 @@ class LLM:
             best=[token.top_logprobs[0][0] for token in tokens],
         )
 
-    def _run(self, requests: list[Request], *, progress: bool, text: str = "generating") -> dict[str, CompletionOutput]:
+    def _run(
+        self,
+        requests: list[Request],
+        *,
+        progress: bool,
+        text: str = "generating",
+        each: Callable[[], None] | None = None,
+    ) -> dict[str, CompletionOutput]:
         """Serve requests to the end; on any interruption those that are left are aborted."""
         done: dict[str, CompletionOutput] = {}
-        with _Progress(text, len(requests), progress) as advance:
+        with Progress(text, len(requests), show=progress and each is None) as shown:
+            told = each or shown.advance
             for request_id, _, whole in self._client.serve(requests):
                 if whole is not None:
                     done[request_id] = whole
-                    advance()
+                    told()
         return done
 
     def _output(self, prompt: Prompt, group: list[Request], done: dict[str, CompletionOutput]) -> RequestOutput:
@@ -275,19 +285,3 @@ class LLM:
         """Exits, involuntary exits and stays of everything in `outputs`."""
         tokens = (token for output in outputs for sample in output.outputs for token in sample.tokens)
         return ExitStats.of(tokens, self.model.decoder.spec.num_layers)
-
-
-class _Progress:
-    """A progress bar on a terminal, or nothing; the context is the function that advances it."""
-
-    def __init__(self, text: str, total: int, show: bool) -> None:
-        columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, transient=True, disable=not show)
-        self._task = self._bar.add_task(text, total=total)
-
-    def __enter__(self) -> Any:
-        self._bar.start()
-        return lambda: self._bar.advance(self._task)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,13 +74,49 @@ def test_train_evaluate_and_generate_with_ones_own_model(tmp_path: Path) -> None
     assert trained.returncode == 0, trained.stderr
     assert set(json.loads(trained.stdout)["held_out_loss"]) == {"exit_1", "exit_2", "final"}
     measured = drex(
-        "evaluate", out, "--text", str(tmp_path / "text"), "--tokens", "600", "--thresholds", "0,1", "--json",
+        "evaluate", out, "--text", str(tmp_path / "text"), "--tokens", "600", "--sweep", "0,1", "--json",
         "--set-within", "100",
     )  # fmt: skip
     assert measured.returncode == 0, measured.stderr
     assert [row["threshold"] for row in json.loads(measured.stdout)] == [None, 0.0, 1.0]
     made = drex("generate", "one two three", "--model", out, "--json", "--max-tokens", "5", "--ignore-eos")
     assert json.loads(made.stdout)["usage"]["exits"] == {"3": 1, "1": 4}
+
+
+def test_ctrl_c_saves_a_training_run_and_says_how_it_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    for i in range(40):
+        (tmp_path / "t" / f"{i}.txt").write_text(f"number {i} and " + "one two three four five six seven " * 60)
+    sizes = "--hidden-size 32 --intermediate-size 64 --num-layers 3 --num-heads 2 --num-kv-heads 1 --exits 1,2"
+    recipe = "--sequence-length 32 --batch-tokens 256 --micro-batch-tokens 256 --vocab-size 300 --tokens 1000000000"
+    out = tmp_path / "model"
+    words = [DREX, "train", str(out), "--text", str(tmp_path / "t"), *sizes.split(), *recipe.split()]
+    log = out / "training" / "log.jsonl"
+    steps = []
+    for more in ([], ["--resume"]):
+        environment = {**os.environ, **SETTINGS}
+        started = subprocess.Popen(
+            [*words, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        try:
+            before, end = steps[-1] if steps else 0, time.monotonic() + 120
+            while not (log.is_file() and log.read_text().count("\n") >= before + 3):
+                assert started.poll() is None, started.communicate()
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            started.send_signal(signal.SIGINT)
+            stdout, stderr = started.communicate(timeout=60)
+        finally:
+            started.kill()
+        assert (started.returncode, stdout) == (130, "")
+        said = re.search(
+            r"drex: stopped after step (\d+) of \d+, saved: go on with the same command and --resume", stderr
+        )
+        assert said, stderr
+        assert "Traceback" not in stderr
+        steps.append(int(said[1]))
+        assert log.read_text().count("\n") == steps[-1]
+    assert steps[0] < steps[1]
 
 
 @pytest.mark.parametrize(

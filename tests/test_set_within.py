@@ -46,11 +46,18 @@ def evaluate(model: Path | str | None, text: Path, *options: str) -> None:
 
 
 def test_a_file_is_made_where_there_is_none(folder: Path, text: Path) -> None:
-    evaluate(folder, text, "--exits", "2,4", "--thresholds", "0.7,0.2", "--criterion", "margin", "--kv-fill", "alias")
+    evaluate(folder, text, "--exits", "2,4", "--sweep", "0.7,0.2", "--criterion", "margin", "--kv-fill", "alias")
     expected = EarlyExitFile((ExitSpec(2), ExitSpec(4)), "margin", (0.2, 0.2), "alias")
     assert read_early_exit(folder, LAYERS) == expected
     assert LLM(folder, dtype="float32").model.exits == resolve_exits(None, expected, LAYERS)
     assert [path.name for path in folder.glob("early_exit*")] == [EARLY_EXIT_FILE]
+
+
+def test_one_setting_with_a_threshold_for_each_exit_is_written_as_it_is(folder: Path, text: Path) -> None:
+    evaluate(folder, text, "--exits", "2,4", "--thresholds", "0.7,0.2")
+    found = read_early_exit(folder, LAYERS)
+    assert found is not None
+    assert found.thresholds == (0.7, 0.2)
 
 
 def test_heads_stay_and_what_was_measured_replaces_the_rest(folder: Path, text: Path) -> None:

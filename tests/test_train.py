@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drex import LLM, EarlyExit
-from drex.tuning import train as training
+from drex.tuning import run as training
 from drex.tuning.corpus import Blocks, Document, read_documents, split_held_out, tokenize, train_tokenizer
 from drex.tuning.evaluate import evaluate, held_out_blocks, set_threshold
+from drex.tuning.interruption import Stopped
 from drex.tuning.losses import exit_loss_weights
 from drex.tuning.optim import Muon, orthogonalize
 from drex.tuning.recipe import TrainConfig
-from drex.tuning.train import train
+from drex.tuning.train import TrainReport, check_folder, train
 
-QUIET = Console(file=io.StringIO())
+QUIET = io.StringIO()
 
 
 def corpus() -> list[Document]:
@@ -67,14 +69,14 @@ def config(**changes: object) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, training.TrainReport]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainReport]:
     out = tmp_path_factory.mktemp("trained") / "model"
     documents = corpus()
     tokenizer = train_tokenizer(split_held_out(documents, 0.2)[0], 300)
-    return out, train(documents, tokenizer, out, config(), console=QUIET)
+    return out, train(documents, tokenizer, out, config(), file=QUIET)
 
 
-def test_loss_falls_and_is_reported_for_every_exit(trained: tuple[Path, training.TrainReport]) -> None:
+def test_loss_falls_and_is_reported_for_every_exit(trained: tuple[Path, TrainReport]) -> None:
     out, report = trained
     log = [json.loads(line) for line in (out / "training" / "log.jsonl").read_text().splitlines()]
     assert len(log) == 12
@@ -83,7 +85,7 @@ def test_loss_falls_and_is_reported_for_every_exit(trained: tuple[Path, training
     assert report.tokens == 12 * 256
 
 
-def test_the_folder_loads_in_transformers_and_scores_alike_in_drex(trained: tuple[Path, training.TrainReport]) -> None:
+def test_the_folder_loads_in_transformers_and_scores_alike_in_drex(trained: tuple[Path, TrainReport]) -> None:
     out, _ = trained
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = tokenizer("def value in list return self")["input_ids"]
@@ -96,31 +98,112 @@ def test_the_folder_loads_in_transformers_and_scores_alike_in_drex(trained: tupl
     assert llm.score(ids)[0].logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
 
 
-def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_one(
-    tmp_path: Path, trained: tuple[Path, training.TrainReport], monkeypatch: pytest.MonkeyPatch
+def test_a_run_stopped_in_the_middle_of_a_step_is_saved_and_goes_on_as_if_nothing_had_been(
+    tmp_path: Path, trained: tuple[Path, TrainReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = corpus()
     tokenizer = train_tokenizer(split_held_out(documents, 0.2)[0], 300)
-    step = training._Run._train_step
+    update = training.TrainingRun._update
 
-    def interrupted(run: training._Run, numbers: object) -> dict[str, float]:
+    def interrupted(run: training.TrainingRun, micro_batches: int) -> None:
         if run.step == 5:
-            raise KeyboardInterrupt
-        return step(run, numbers)  # type: ignore[arg-type]
+            os.kill(os.getpid(), signal.SIGINT)
+        update(run, micro_batches)
 
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(training._Run, "_train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(documents, tokenizer, tmp_path / "model", config(), console=QUIET)
-    monkeypatch.setattr(training._Run, "_train_step", step)
-    train(documents, tokenizer, tmp_path / "model", config(), resume=True, console=QUIET)
+    monkeypatch.setattr(training.TrainingRun, "_update", interrupted)
+    with pytest.raises(Stopped, match="stopped after step 6 of 12, saved"):
+        train(documents, tokenizer, tmp_path / "model", config(), file=QUIET)
+    monkeypatch.setattr(training.TrainingRun, "_update", update)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(documents, tokenizer, tmp_path / "model", config(), resume=True, file=QUIET)
     resumed, whole = load_file(tmp_path / "model/model.safetensors"), load_file(trained[0] / "model.safetensors")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     with pytest.raises(ValueError, match="another muon_lr"):
-        train(documents, tokenizer, tmp_path / "model", config(muon_lr=0.1), resume=True, console=QUIET)
+        train(documents, tokenizer, tmp_path / "model", config(muon_lr=0.1), resume=True, file=QUIET)
 
 
-def test_thresholds_are_measured_and_written(trained: tuple[Path, training.TrainReport]) -> None:
+def test_a_run_that_is_killed_in_a_step_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, trained: tuple[Path, TrainReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = corpus()
+    tokenizer = train_tokenizer(split_held_out(documents, 0.2)[0], 300)
+    step = training.TrainingRun._train_step
+
+    def killed(run: training.TrainingRun, numbers: object) -> dict[str, float]:
+        if run.step == 2:
+            raise KeyboardInterrupt
+        return step(run, numbers)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training.TrainingRun, "_train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(documents, tokenizer, tmp_path / "model", config(), file=QUIET)
+    monkeypatch.setattr(training.TrainingRun, "_train_step", step)
+    train(documents, tokenizer, tmp_path / "model", config(), resume=True, file=QUIET)
+    resumed, whole = load_file(tmp_path / "model/model.safetensors"), load_file(trained[0] / "model.safetensors")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert len((tmp_path / "model/training/log.jsonl").read_text().splitlines()) == 12
+
+
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "empty": ("",),
+    "begun": ("tokenizer.json", "tokenizer_config.json", "training/log.jsonl"),
+    "killed while saving": ("tokenizer.json", "training/checkpoint.pt.part"),
+    "saved": ("tokenizer.json", "training/log.jsonl", "training/checkpoint.pt"),
+    "finished": ("config.json", "model.safetensors", "training/report.json"),
+    "finished, with its checkpoint": ("config.json", "training/checkpoint.pt"),
+    "somebody's": ("thesis.tex",),
+    "somebody's training": ("training/data.csv",),
+}
+BEGINS = {"none", "empty", "begun", "killed while saving"}
+GOES_ON = {"saved", "finished, with its checkpoint"}
+
+
+@pytest.mark.parametrize("state", FOLDERS)
+def test_a_refusal_never_names_a_way_that_is_refused_too(tmp_path: Path, state: str) -> None:
+    out = tmp_path / "model"
+    for name in FOLDERS[state]:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch() if name else out.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    said = {}
+    for resume in (False, True):
+        try:
+            check_folder(out, resume)
+        except ValueError as error:
+            said[resume] = str(error)
+    assert (False not in said) == (state in BEGINS)
+    assert (True not in said) == (state in GOES_ON)
+    assert ("pass --resume" in said.get(False, "")) == (state in GOES_ON)
+    assert ("leave out --resume" in said.get(True, "")) == (state in BEGINS)
+    assert state in BEGINS | GOES_ON or all("new folder" in words for words in said.values())
+    if state != "killed while saving":
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_beginning_without_a_checkpoint_is_begun_afresh(tmp_path: Path, trained: tuple[Path, TrainReport]) -> None:
+    documents = corpus()
+    tokenizer = train_tokenizer(split_held_out(documents, 0.2)[0], 300)
+    out = tmp_path / "model"
+    (out / "training").mkdir(parents=True)
+    (out / "training" / "log.jsonl").write_text('{"step": 1}\n')
+    train(documents, tokenizer, out, config(), file=QUIET)
+    assert (out / "training/log.jsonl").read_text() == (trained[0] / "training/log.jsonl").read_text()
+
+
+def test_a_broken_checkpoint_is_refused_with_a_remedy(tmp_path: Path, trained: tuple[Path, TrainReport]) -> None:
+    documents = corpus()
+    out = tmp_path / "model"
+    train_tokenizer(split_held_out(documents, 0.2)[0], 300).save_pretrained(out)
+    (out / "training").mkdir()
+    whole = (trained[0] / "training/checkpoint.pt").read_bytes()
+    for content in (b"", b"not a checkpoint", whole[: len(whole) // 2]):
+        (out / "training/checkpoint.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"can't be read .*: start again in a new folder"):
+            train(documents, 300, out, config(), resume=True, file=QUIET)
+
+
+def test_thresholds_are_measured_and_written(trained: tuple[Path, TrainReport]) -> None:
     out, _ = trained
     llm = LLM(out, early_exit=EarlyExit(thresholds=0.5), dtype="float32")
     blocks = held_out_blocks(llm, corpus(), 500)
@@ -148,6 +231,16 @@ def test_exit_loss_weights_follow_their_papers() -> None:
         ({"exits": (3,)}, "exits end before"),
         ({"batch_tokens": 100}, "multiple"),
         ({"tokens": 10}, "at least one batch"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens is 0: give at least 1"),
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"num_heads": 3}, "a multiple of twice num_heads"),
+        ({"num_kv_heads": 4}, "num_heads one of num_kv_heads"),
+        ({"hidden_size": -32}, "hidden_size is -32"),
+        ({"muon_lr": float("nan")}, "muon_lr is nan"),
+        ({"exit_head": "big"}, "exit head 'big': choose one of"),
+        ({"exit_loss": "all"}, "unknown exit loss"),
+        ({"exit_weights": (0.1,)}, "one weight from 0 on for each of 2 exits"),
+        ({"exit_weights": (0.1, float("nan"))}, "one weight from 0 on"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(changes: dict[str, object], message: str) -> None:
@@ -155,17 +248,18 @@ def test_a_recipe_that_cannot_work_is_refused(changes: dict[str, object], messag
         config(**changes)
 
 
-def test_bad_places_and_texts_are_refused(tmp_path: Path, trained: tuple[Path, training.TrainReport]) -> None:
+def test_bad_places_and_texts_are_refused(tmp_path: Path, trained: tuple[Path, TrainReport]) -> None:
     tokenizer = train_tokenizer(corpus(), 300)
     with pytest.raises(ValueError, match="is not empty"):
-        train(corpus(), tokenizer, trained[0], config(), console=QUIET)
+        train(corpus(), tokenizer, trained[0], config(), file=QUIET)
     with pytest.raises(ValueError, match="nothing to resume"):
-        train(corpus(), tokenizer, tmp_path / "new", config(), resume=True, console=QUIET)
+        train(corpus(), tokenizer, tmp_path / "new", config(), resume=True, file=QUIET)
     with pytest.raises(ValueError, match="too little text"):
-        train([Document("a", "x")], tokenizer, tmp_path / "new2", config(), console=QUIET)
+        train([Document("a", "x")], tokenizer, tmp_path / "new2" / "model", config(), file=QUIET)
+    assert not (tmp_path / "new2").exists()
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match="cannot write"):
-        train(corpus(), tokenizer, tmp_path / "file" / "model", config(), console=QUIET)
+        train(corpus(), tokenizer, tmp_path / "file" / "model", config(), file=QUIET)
     with pytest.raises(ValueError, match="no text at"):
         read_documents([tmp_path / "nowhere"])
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"no": 1}\n')

@@ -9,12 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from drex.bench import machine
+from drex.bench.busy import OtherLoad
 from drex.bench.quality import edit_similarity, rouge_l, token_agreement
 from drex.bench.runner import Cell, summarise, take_turns
-from drex.bench.subject import Subject
+from drex.bench.subject import TRAINED, Subject
+from drex.bench.verdict import verdict
 from drex.config import ExitRule
 from drex.engine.driver import serve
 from drex.engine.engine import Engine
+from drex.engine.samples import Emitted
+from drex.progress import Progress
 from drex.request import Request, SamplingParams
 from drex.sim.workload import Job
 
@@ -83,10 +87,8 @@ def run(
     in_flight: Sequence[int],
     workload: Callable[[int], Workload],
     repeats: int,
-    *,
-    told: Callable[[Cell], None] = lambda cell: None,
 ) -> dict[str, Any]:
-    """Benchmark policies.
+    """Benchmark policies; says on standard error how far it is.
 
     Args:
         subject: to run on.
@@ -94,30 +96,27 @@ def run(
         in_flight: counts, each a group of cells that take turns.
         workload: what to serve at a count in flight.
         repeats: turns; one more goes before, to warm up.
-        told: hears of each cell after each of its turns.
 
     Returns:
         The report, ready for JSON.
     """
-    plan, spec = subject.model.exits, subject.model.decoder.spec
-    layers = [*plan.layers, spec.num_layers]
-    runs: list[dict[str, Any]] = []
-    described: dict[str, Any] = {}
-    for count in in_flight:
-        work = workload(count)
-        described = described or work.describe()
-        closed = work.kind == "closed"
-        cells = [Cell(policy, count, subject.engine(policy, count), closed) for policy in policies]
-        for cell in cells:
-            cell.warm_up(work.requests(subject, cell.engine, -1)[: 2 * count])
-        take_turns(cells, lambda cell, w=work: w.requests(subject, cell.engine, len(cell.speeds)), repeats, told)  # type: ignore[misc]
-        summaries = summarise(cells, layers)
-        _add_quality(subject, cells, summaries)
-        runs.extend(summaries)
+    works = [(count, workload(count)) for count in in_flight]
+    for policy in policies:
+        subject.engine(policy, in_flight[0])  # costs are measured here, with a progress of their own
+    judged = subject.label == TRAINED and "full" in policies
+    turns = repeats + judged
+    requests = sum(min(2 * count, len(work.jobs)) + turns * len(work.jobs) for count, work in works)
+    load, runs = OtherLoad(), []
+    with Progress("benchmarking", len(policies) * requests) as progress:
+        for count, work in works:
+            runs += _take_turns(subject, policies, count, work, repeats, progress, judged=judged)
     facts = machine.describe()
-    return {
+    facts["machine"]["others_cpu_share"] = load.share()
+    plan, spec = subject.model.exits, subject.model.decoder.spec
+    report = {
         **facts,
         "label": subject.label,
+        "timing": "measured",
         "model": subject.name,
         "dtype": str(subject.model.decoder.dtype).removeprefix("torch."),
         "kv_fill": plan.kv_fill,
@@ -125,29 +124,57 @@ def run(
         "thresholds": plan.rule.thresholds,
         "exit_layers": list(plan.layers),
         "num_layers": spec.num_layers,
-        "workload": {**described, "repeats": repeats},
+        "workload": {**works[0][1].describe(), "repeats": repeats},
         "runs": runs,
     }
+    return {**report, "verdict": verdict(report)}
 
 
-def _add_quality(subject: Subject, cells: Sequence[Cell], summaries: Sequence[dict[str, Any]]) -> None:
-    """Compare the outputs of the last turn with full depth's, where that ran too and the weights mean something."""
-    full = next((cell for cell in cells if cell.policy == "full"), None)
-    if full is None or "trained" not in subject.label:
-        return
+def _take_turns(
+    subject: Subject,
+    policies: Sequence[str],
+    count: int,
+    work: Workload,
+    repeats: int,
+    progress: Progress,
+    *,
+    judged: bool,
+) -> list[dict[str, Any]]:
+    """The runs of all policies at one count in flight; `judged` compares their outputs with full depth's."""
+    closed = work.kind == "closed"
+    cells = [Cell(policy, count, subject.engine(policy, count), closed) for policy in policies]
+    for cell in cells:
+        cell.warm_up(work.requests(subject, cell.engine, -1)[: 2 * count], progress.advance)
+
+    def told(cell: Cell) -> None:
+        progress.advance(0, f"{cell.policy}, {cell.in_flight} in flight: {cell.speeds[-1]:.1f} tokens/s")
+
+    def arrivals(cell: Cell) -> list[tuple[float, Request]]:
+        return work.requests(subject, cell.engine, len(cell.speeds))
+
+    take_turns(cells, arrivals, repeats, told, progress.advance)
+    summaries = summarise(cells, [*subject.model.exits.layers, subject.model.decoder.spec.num_layers])
+    if judged:
+        _add_quality(cells, summaries, progress)
+    return summaries
+
+
+def _add_quality(cells: Sequence[Cell], summaries: Sequence[dict[str, Any]], progress: Progress) -> None:
+    """Compare the outputs of the last turn with full depth's."""
+    full = next(cell for cell in cells if cell.policy == "full")
     reference = full.outputs
-    loss_full = _loss(full.engine, full)
+    loss_full = _loss(full.engine, full, progress)
     for cell, summary in zip(cells, summaries, strict=True):
         pairs = [(cell.outputs[name], tokens) for name, tokens in reference.items() if name in cell.outputs]
         measures = (("token_agreement", token_agreement), ("edit_similarity", edit_similarity), ("rouge_l", rouge_l))
         summary["quality"] = {
             **{name: sum(measure(a, b) for a, b in pairs) / len(pairs) for name, measure in measures},
-            "loss": loss_full if cell is full else _loss(full.engine, cell),
+            "loss": loss_full if cell is full else _loss(full.engine, cell, progress),
             "loss_full": loss_full,
         }
 
 
-def _loss(engine: Engine, cell: Cell) -> float:
+def _loss(engine: Engine, cell: Cell, progress: Progress) -> float:
     """Nats a token that the full-depth model gives to the outputs of a cell's last turn."""
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
     rule = ExitRule("max_prob", ())
@@ -157,7 +184,12 @@ def _loss(engine: Engine, cell: Cell) -> float:
         request = Request(f"score/{number}", text, params, rule, 0, frozenset(), 1, arrival=number, score_rule=rule)
         requests.append((len(prompt), request))
     history, metrics = engine.history, engine.metrics
-    serve(engine, [(0.0, request) for _, request in requests], closed=True)
+
+    def each(emitted: Emitted) -> None:
+        if emitted[2] is not None:
+            progress.advance()
+
+    serve(engine, [(0.0, request) for _, request in requests], each, closed=True)
     engine.history, engine.metrics = history, metrics
     found = [
         -request.prompt_records[position].logprob

@@ -15,8 +15,10 @@ from drex.bench.draft_figures import DRAFT_FIGURES
 from drex.bench.figures import FIGURES
 from drex.bench.story import DASH, NONE, TIMES, Story, count, dig, fine, number, percent, plain, real, several, times
 from drex.bench.style import COLOURS, DRAWING, FONT
+from drex.bench.verdict import MODELLED, SERVED, doubts, verdict
 
 BAD = ' class="bad"'
+MODELLED_TIMES = "times are modelled, not measured"
 LAYOUT = """
 *{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 FONT}
@@ -77,7 +79,9 @@ addEventListener("scroll", () => { tip.hidden = true }, { passive: true });
 
 def _figures(story: Story) -> Iterable[str]:
     # Figures get copied out of their page: what they were measured on goes with each.
-    tag = "" if story.trained else f' <span class="tag">{esc(plain(story.report.get("label")))}</span>'
+    modelled = story.report.get("timing") == MODELLED
+    label = MODELLED_TIMES if modelled else plain(story.report.get("label"))
+    tag = "" if story.trained and not modelled else f' <span class="tag">{esc(label)}</span>'
     for title, draw, numbers, caption in (*FIGURES, *DRAFT_FIGURES):
         drawn = draw(story)
         if drawn:
@@ -146,7 +150,8 @@ def _table(story: Story, anchor: str, caption: str, columns: Sequence[Column]) -
 def _headline(story: Story) -> tuple[str, str]:
     """The page's title, and the few numbers that answer for it."""
     widest = story.widest(lambda run: True)
-    best = next((run for run in widest if run["policy"] == "drex"), None) or max(
+    served = (next((run for run in widest if run["policy"] == name), None) for name in SERVED)
+    best = next(filter(None, served), None) or max(
         widest, key=lambda run: real(run, "tokens_per_s") or 0.0, default=None
     )
     if best is None:
@@ -188,26 +193,44 @@ def _about(report: dict[str, Any]) -> str:
     return f'<div class="about">{"".join(parts)}</div>'
 
 
+def _warnings(story: Story) -> str:
+    """What a reader must know before the numbers: that times are modelled, that exits are made up, that others ran."""
+    report = story.report
+    said = []
+    if report.get("timing") == MODELLED:
+        about = (
+            "The engine's own scheduling ran in virtual time, on what passes cost by the model of a machine, or by a "
+        )
+        said.append((MODELLED_TIMES, about + "profile; exits were drawn or recorded, and no text was made."))
+    elif not story.trained:
+        about = "Timings are real; texts and quality are not: no trained model decided these exits."
+        if not report.get("label"):
+            about = "The report does not say whether a trained model decided these exits."
+        said.append((plain(report.get("label")), about))
+    doubt = doubts(report)
+    if doubt is not None:
+        said.append(("times are not to be trusted", doubt))
+    notes = (f"<strong>{esc(head)}</strong>{esc(about)}" for head, about in said)
+    return "".join(f'<p class="warning" role="note">{note}</p>' for note in notes)
+
+
 def render(report: dict[str, Any]) -> str:
     """The page of a report in the JSON of `drex bench`, complete: no other file, no network."""
     story = Story.of(report)
     title, facts = _headline(story)
-    label = esc(plain(report.get("label")))
-    said = "Timings are real; texts and quality are not: no trained model decided these exits."
-    if not report.get("label"):
-        said = "The report does not say whether a trained model decided these exits."
-    banner = "" if story.trained else f'<p class="warning" role="note"><strong>{label}</strong>{said}</p>'
-    badge = f'<p class="label">{label}</p>' if story.trained else ""
+    badge = f'<p class="label">{esc(plain(report.get("label")))}</p>' if story.trained else ""
     head = (
         f'<meta charset="utf-8"><title>{esc(title)}</title><meta name="color-scheme" content="light dark">'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style>'
     )
     date = esc(plain(report.get("date")).replace("T", " "))
-    top = f'<p class="over">drex bench · {date}</p><h1>{esc(title)}</h1>{badge}'
+    command = "drex simulate" if report.get("timing") == MODELLED else "drex bench"
+    said = f"<p><strong>{esc(verdict(report))}</strong></p>" if story.runs else ""
+    top = f'<p class="over">{command} · {date}</p><h1>{esc(title)}</h1>{said}{badge}'
     figures = "".join(_figures(story))
     tables = "".join(_table(story, *part) for part in _tables(story)) if story.runs else ""
     return (
-        f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{banner}<header>{top}{facts}{_about(report)}'
-        f"</header>{figures}<section><h2>All numbers</h2>{tables}</section></main>"
+        f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{_warnings(story)}<header>{top}{facts}'
+        f"{_about(report)}</header>{figures}<section><h2>All numbers</h2>{tables}</section></main>"
         f'<div id="tip" role="status" hidden></div><script>{SCRIPT}</script></body></html>\n'
     )

@@ -173,7 +173,7 @@ async def characters_per_token(client: httpx.AsyncClient, target: Target, text: 
 
 
 async def drive(
-    client: httpx.AsyncClient, target: Target, jobs: Sequence[Job], prompts: Sequence[str], told: Callable[[int], None]
+    client: httpx.AsyncClient, target: Target, jobs: Sequence[Job], prompts: Sequence[str], told: Callable[[], None]
 ) -> tuple[list[Outcome], float]:
     """Send every job when it is due; returns what became of them, and seconds from the first to the last.
 
@@ -181,17 +181,15 @@ async def drive(
         client, target: of the server.
         jobs: with arrival times.
         prompts: one a job.
-        told: called with how many are done, after each.
+        told: called after each.
     """
-    start, done = time.perf_counter(), 0
+    start = time.perf_counter()
 
     async def one(job: Job, prompt: str) -> Outcome:
-        nonlocal done
         due = start + job.arrival
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         found = await ask(client, target, prompt, job.output, due)
-        done += 1
-        told(done)
+        told()
         return found
 
     outcomes = await asyncio.gather(*(one(job, prompt) for job, prompt in zip(jobs, prompts, strict=True)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from drex.bench.load import Target, arrive, characters_per_token, connect, drive, find_model
 from drex.bench.load_report import summarise
 from drex.bench.versions import versions
+from drex.progress import Progress
 from drex.sim.workload import Job, draw_jobs, read_trace
 from drex.text_files import read_json_lines
 
@@ -60,16 +61,13 @@ class Workload:
         return read_trace(self.trace, scale=self.trace_scale, longest=most, speed=self.trace_speed)[: self.requests]
 
 
-async def run(
-    target: Target, workload: Workload, goodput: Mapping[str, float], told: Callable[[int], None]
-) -> dict[str, Any]:
-    """Load a server and report.
+async def run(target: Target, workload: Workload, goodput: Mapping[str, float]) -> dict[str, Any]:
+    """Load a server and report; says on standard error how far it is.
 
     Args:
         target: the server; an empty model is its first one.
         workload: what is asked.
         goodput: targets in milliseconds by kind.
-        told: called with how many requests are done.
 
     Raises:
         ValueError: a server that isn't there, or files that can't be read.
@@ -81,7 +79,9 @@ async def run(
         width = await characters_per_token(client, target, "\n".join(texts))
         jobs = workload.jobs(longest)
         whole = workload.prompts is not None and workload.trace is None
-        outcomes, seconds = await drive(client, target, jobs, _fit(jobs, texts, width, whole=whole), told)
+        with Progress("loading the server", len(jobs)) as progress:
+            prompts = _fit(jobs, texts, width, whole=whole)
+            outcomes, seconds = await drive(client, target, jobs, prompts, progress.advance)
     return {
         **versions(),
         "endpoint": target.address,

@@ -33,6 +33,10 @@ POINTS = 240
 """Of the buffers' occupancy over time that a report holds."""
 
 
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
 @dataclass
 class Cell:
     """One policy at one count of requests in flight, over all repetitions.
@@ -59,14 +63,14 @@ class Cell:
     def metrics(self) -> Metrics:
         return self.engine.metrics
 
-    def warm_up(self, arrivals: Arrivals) -> None:
-        """A run that counts for nothing but what the cost model and the exit rates learn."""
-        serve(self.engine, arrivals, closed=True)
+    def warm_up(self, arrivals: Arrivals, done: Callable[[], None] = _nothing) -> None:
+        """A run that counts for nothing but what the cost model and the exit rates learn; `done` as for `run`."""
+        serve(self.engine, arrivals, lambda emitted: done() if emitted[2] is not None else None, closed=True)
         self.engine.metrics, self.engine.stats = Metrics(), EngineStats()
         self.engine.scheduler.drafts.count_afresh()
 
-    def run(self, arrivals: Arrivals) -> None:
-        """One repetition."""
+    def run(self, arrivals: Arrivals, done: Callable[[], None] = _nothing) -> None:
+        """One repetition; `done` is called after each request."""
         arrivals = list(arrivals)
         self.prompts = {request.request_id: request.prompt for _, request in arrivals}
         gc.collect()
@@ -75,6 +79,7 @@ class Cell:
         def each(emitted: Emitted) -> None:
             if emitted[2] is not None:
                 outputs[emitted[0]] = emitted[2].token_ids
+                done()
 
         self.engine.history = []
         before, started = self.metrics.tokens, self.engine.executor.now()
@@ -87,12 +92,24 @@ class Cell:
 
 
 def take_turns(
-    cells: Sequence[Cell], arrivals: Callable[[Cell], Arrivals], repeats: int, told: Callable[[Cell], None]
+    cells: Sequence[Cell],
+    arrivals: Callable[[Cell], Arrivals],
+    repeats: int,
+    told: Callable[[Cell], None],
+    done: Callable[[], None] = _nothing,
 ) -> None:
-    """Run all cells, one after the other, `repeats` times; `told` hears of each."""
+    """Run all cells, one after the other, `repeats` times.
+
+    Args:
+        cells: to take turns.
+        arrivals: what a cell serves in its next turn.
+        repeats: turns of each.
+        told: called after each turn.
+        done: called after each request.
+    """
     for _ in range(repeats):
         for cell in cells:
-            cell.run(arrivals(cell))
+            cell.run(arrivals(cell), done)
             told(cell)
 
 

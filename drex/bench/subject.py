@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
 
-from drex.checkpoint import ExitSpec
+from drex.checkpoint import KV_FILLS, ExitSpec
 from drex.compute.decoder import Decoder, LayerWeights
 from drex.compute.device import has_fast_bfloat16
 from drex.compute.heads import ExitHead
@@ -22,15 +21,17 @@ from drex.compute.linear import linear
 from drex.compute.load import LoadedModel, inspect_model, load_model, pick_device, request_length
 from drex.compute.segments import SegmentRunner
 from drex.compute.spec import ModelSpec
-from drex.config import EarlyExit, EngineConfig, ExitPlan, ExitRule, policy_settings
+from drex.config import DTYPES, EarlyExit, EngineConfig, ExitPlan, ExitRule, policy_settings
 from drex.control.cost import CostModel
 from drex.control.profile import Profile
 from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
 from drex.engine.engine import Engine
 from drex.engine.torch_executor import TorchExecutor
+from drex.progress import Progress
 from drex.runner import build_runner
 from drex.sim.shapes import Shape, shape_named
+from drex.sim.simulate import segment_lengths
 from drex.text_files import read_json_lines
 from drex.tokenizer import load_tokenizer
 from drex.tuning.corpus import split_held_out, standard_library
@@ -127,10 +128,14 @@ def synthetic(
         exit_rates: share of the rows reaching each exit point that exit there.
 
     Raises:
-        ValueError: an unknown shape, or rates that don't fit the exits.
+        ValueError: an unknown shape, dtype or K/V fill, exits outside of it, or rates that don't fit the exits.
     """
     shape = shape_named(name)
     layers = tuple(exits) if exits else (shape.layers // 2,)
+    lengths = segment_lengths(layers, shape.layers)
+    for value, choices, what in ((dtype, DTYPES, "dtype"), (kv_fill, KV_FILLS, "kv_fill")):
+        if value not in choices:
+            raise ValueError(f"{what} {value!r}: choose one of {', '.join(choices)}")
     if len(exit_rates) != len(layers) or not all(0 <= rate < 1 for rate in exit_rates):
         raise ValueError(f"exit rates {list(exit_rates)}: give a share in [0, 1) for each exit after {list(layers)}")
     device = pick_device("auto")
@@ -141,8 +146,7 @@ def synthetic(
     heads = tuple((ExitHead("shared", shape.hidden, shape.intermediate, shape.vocab, 1e-5), None) for _ in layers)
     rule = ExitRule("trace", tuple(1.0 - rate for rate in exit_rates))
     plan = ExitPlan(tuple(ExitSpec(layer) for layer in layers), rule, kv_fill)
-    layout = SlotLayout(tuple(stop - start for start, stop in pairwise((0, *layers, shape.layers))))
-    return Subject(name, SYNTHETIC, LoadedModel(Path(name), decoder, heads, plan, layout), config)
+    return Subject(name, SYNTHETIC, LoadedModel(Path(name), decoder, heads, plan, SlotLayout(lengths)), config)
 
 
 def _random_decoder(shape: Shape, length: int, device: torch.device, dtype: torch.dtype) -> Decoder:
@@ -166,8 +170,9 @@ def _random_decoder(shape: Shape, length: int, device: torch.device, dtype: torc
         return torch.ones(shape.hidden, device=device, dtype=dtype)
 
     query, both = shape.heads * shape.head_size, (shape.heads + 2 * shape.kv_heads) * shape.head_size
-    layers = [
-        LayerWeights(
+
+    def layer() -> LayerWeights:
+        return LayerWeights(
             attention_norm=ones(),
             qkv=linear(matrix(both, shape.hidden)),
             q_norm=None,
@@ -177,32 +182,49 @@ def _random_decoder(shape: Shape, length: int, device: torch.device, dtype: torc
             gate_up=linear(matrix(2 * shape.intermediate, shape.hidden)),
             down=linear(matrix(shape.hidden, shape.intermediate)),
         )
-        for _ in range(shape.layers)
-    ]
+
+    layers = []
+    with Progress("drawing random weights", shape.layers) as progress:
+        for _ in range(shape.layers):
+            layers.append(layer())
+            progress.advance()
     embedding = matrix(shape.vocab, shape.hidden)
     lm_head = embedding if shape.tied else matrix(shape.vocab, shape.hidden)
     return Decoder(ModelSpec.from_hf(config, frozenset()), embedding, layers, ones(), linear(lm_head))
 
 
+def prompts_in(path: str | Path) -> list[str | list[int]]:
+    """Prompts of a JSONL file: objects with `prompt`, text or token ids.
+
+    Raises:
+        ValueError: a file that can't be read, or has other prompts, or none.
+    """
+    try:
+        found = [each["prompt"] for each in read_json_lines(path)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path}: expected JSON lines with a "prompt" ({error!r})') from error
+    for prompt in found:
+        ids = isinstance(prompt, list) and all(isinstance(token, int) for token in prompt)
+        if not prompt or not (isinstance(prompt, str) or ids):
+            raise ValueError(f"{path}: a prompt is {str(prompt)[:40]!r}: give text or token ids, at least one")
+    if not found:
+        raise ValueError(f"{path} has no prompts")
+    return found
+
+
 def read_prompts(path: str | Path, subject: Subject) -> list[tuple[int, ...]]:
-    """Token ids of a JSONL file's prompts: objects with `prompt`, text or token ids.
+    """Token ids of a JSONL file's prompts.
 
     Raises:
         ValueError: a file that can't be read, or text where the model has no tokeniser.
     """
     tokenizer = load_tokenizer(subject.model.folder) if subject.label == TRAINED else None
-    try:
-        found = [each["prompt"] for each in read_json_lines(path)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}: expected JSON lines with a "prompt" ({error!r})') from error
     prompts: list[tuple[int, ...]] = []
-    for prompt in found:
+    for prompt in prompts_in(path):
         if isinstance(prompt, str) and tokenizer is None:
             raise ValueError(f"{path} has text and the model no tokeniser: give prompts as token ids")
         ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) and tokenizer is not None else prompt
         prompts.append(tuple(int(token) for token in ids))
-    if not prompts:
-        raise ValueError(f"{path} has no prompts")
     return prompts
 
 

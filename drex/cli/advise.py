@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from drex.checkpoint import spell_thresholds
 from drex.cli.common import (
     CriterionOption,
     DeviceOption,
@@ -16,10 +18,23 @@ from drex.cli.common import (
     ExitsOption,
     KvFillOption,
     MaxModelLenOption,
-    parse_floats,
+    SweepOption,
+    ThresholdsOption,
+    check_at_least,
+    hinting_at_sweep,
     parse_ints,
+    sweep_from,
 )
 from drex.config import EarlyExit
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from drex.bench.advise import Advice
+
+SWEEP = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+COUNTS_ABREAST = 6
+"""In-flight counts that a table has room for; more go below."""
 
 
 def advise(
@@ -27,7 +42,8 @@ def advise(
     text: Annotated[
         list[Path] | None, typer.Option(help="Text like your traffic; by default held-out standard-library code.")
     ] = None,
-    thresholds: Annotated[str, typer.Option(help="To look at, each for all exits.")] = "0.4,0.5,0.6,0.7,0.8,0.9",
+    thresholds: ThresholdsOption = None,
+    sweep: SweepOption = None,
     in_flight: Annotated[str, typer.Option(help="Requests in flight to predict for.")] = "1,4,8,16,32,64",
     tolerance: Annotated[float, typer.Option(help="Share by which the loss may grow.")] = 0.02,
     tokens: Annotated[int, typer.Option(help="About how many tokens to measure exit rates on.")] = 8192,
@@ -40,48 +56,63 @@ def advise(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Say whether early exit pays for a model on this machine, at which threshold, and how much."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     from drex.bench.advise import advise as run
     from drex.llm import LLM
     from drex.tuning.corpus import read_documents, split_held_out, standard_library
     from drex.tuning.evaluate import held_out_blocks
 
-    grid, counts = parse_floats(thresholds, "--thresholds"), parse_ints(in_flight, "--in-flight")
+    grid, counts = sweep_from(thresholds, sweep, SWEEP), parse_ints(in_flight, "--in-flight", least=1)
+    check_at_least(0, tolerance=tolerance)
+    check_at_least(1, tokens=tokens)
     settings = EarlyExit(
         layers=None if exits is None else parse_ints(exits, "--exits"),
         thresholds=grid[0],
         criterion=criterion,
         kv_fill=kv_fill,
     )
-    llm = LLM(
-        model,
-        early_exit=settings,
-        dtype=dtype,
-        device=device,
-        max_model_len=max_model_len,
-        max_num_seqs=max(*counts, 1),
-        generation_config="none",
-    )
     documents = read_documents(text) if text else split_held_out(standard_library(), 0.02)[1]
+    with hinting_at_sweep():
+        llm = LLM(
+            model,
+            early_exit=settings,
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            max_num_seqs=max(counts),
+            generation_config="none",
+        )
     found = run(llm, held_out_blocks(llm, documents, tokens), grid, counts, tolerance)
     if as_json:
         typer.echo(json.dumps(asdict(found)))
         return
-    table = Table(box=box.SIMPLE, title="predicted speed against full depth, by requests in flight")
-    for name in ("exits", "thr.", "leave", "loss", "same", *map(str, counts)):
-        table.add_column(name, justify="right", no_wrap=True)
+    console = Console()
+    for start in range(0, len(counts), COUNTS_ABREAST):
+        console.print(_table(found, counts[start : start + COUNTS_ABREAST]))
+    console.print(found.text, style="bold", highlight=False)
+
+
+def _table(found: Advice, counts: Sequence[int]) -> Table:
+    """What was looked at, and what it gains at some counts in flight."""
+    from rich import box
+    from rich.table import Table
+
+    title = "predicted speed against full depth, by requests in flight"
+    table = Table(box=box.SIMPLE, title=title, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("exits", "thr.", "leave", "loss", "same"):
+        # Many exit points take several lines.
+        table.add_column(name, justify="right", overflow="fold")
+    for count in counts:
+        table.add_column(str(count), justify="right", no_wrap=True)
     for outcome in found.outcomes:
+        gains = [outcome.gains[count] for count in counts]
         table.add_row(
             ",".join(map(str, outcome.exits)),
-            f"{outcome.threshold:g}",
+            spell_thresholds(outcome.threshold),
             " ".join(f"{rate:.0%}" for rate in outcome.exit_rates),
             f"{outcome.loss_ratio - 1:+.1%}",
             f"{outcome.agreement:.1%}",
-            *("-" if gain is None else f"{gain:.2f}" for gain in outcome.gains.values()),
+            *("-" if gain is None else f"{gain:.2f}" for gain in gains),
         )
-    console = Console()
-    console.print(table)
-    console.print(found.text, style="bold", highlight=False)
+    return table

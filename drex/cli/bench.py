@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,10 +28,13 @@ from drex.cli.common import (
     TraceOption,
     TraceScaleOption,
     TraceSpeedOption,
+    check_above_zero,
+    check_at_least,
     early_exit_from,
     parse_floats,
     parse_ints,
 )
+from drex.cli.output import OutputFile
 
 if TYPE_CHECKING:
     from drex.bench.bench import Workload
@@ -47,6 +50,8 @@ ONLY_POLICIES = (
     *("tpot_ms", "max_slowdown", "adaptive", "repeats", "html_file"),
 )
 """Options that mean something with --url, and without."""
+ONLY_SHAPE, ONLY_MODEL = ("exit_rates",), ("model", "thresholds", "criterion")
+"""Options that mean something with --shape, and without."""
 
 
 def bench(
@@ -58,7 +63,7 @@ def bench(
             help="Of drex, split, full, art, consensus, majority, greedy, latency_only; drex+run-ahead, drex+lossless, "
             "drex+adaptive."
         ),
-    ] = "full,split,drex",
+    ] = "full,split,drex,drex+run-ahead",
     in_flight: Annotated[str, typer.Option(help="Requests in flight, each count a round of its own.")] = "1,8,32",
     shape: Annotated[str | None, typer.Option(help="Random weights of this shape instead of a model.")] = None,
     exit_rates: Annotated[
@@ -98,7 +103,10 @@ def bench(
     ] = None,
 ) -> None:
     """Benchmark scheduling policies at equal requests in flight and equal K/V memory, or a server with --url."""
-    _check_given(context, url is not None)
+    _check_given(context, "--url", ONLY_URL, ONLY_POLICIES, given=url is not None)
+    _check_given(context, "--shape", ONLY_SHAPE, ONLY_MODEL, given=shape is not None)
+    check_at_least(1, requests=requests, output_tokens=output_tokens, repeats=repeats)
+    check_above_zero(rate=rate, trace_scale=trace_scale, trace_speed=trace_speed, tpot_ms=tpot_ms)
     if url is not None:
         from drex.bench.open_loop import Workload as Asked
 
@@ -107,20 +115,16 @@ def bench(
         _load(Target(url, model or "", api_key, chat, ignore_eos), asked, goodput or [], json_file)
         return
     from drex.config import EngineConfig, policy_settings
-    from drex.sim.shapes import shape_named
 
-    names, counts = policies.split(","), parse_ints(in_flight, "--in-flight")
+    names, counts = policies.split(","), parse_ints(in_flight, "--in-flight", least=1)
     for name in names:
         policy_settings(name)
-    if shape is None and exit_rates is not None:
-        raise ValueError("--exit-rates goes with --shape: a trained model has its own exits")
-    if shape is not None:
-        shape_named(shape)
+    offer = _Offer(prompts, requests, output_tokens, rate, trace, trace_scale, trace_speed, tpot_ms, seed)
+    offer.check(tokens_only=shape is not None)
     from rich.console import Console
 
     from drex.bench.bench import run
     from drex.bench.html import render
-    from drex.bench.runner import Cell
     from drex.bench.subject import synthetic, trained
     from drex.bench.table import show
 
@@ -134,35 +138,38 @@ def bench(
         max_slowdown=max_slowdown,
         adaptive=adaptive,
     )
-    if shape is not None:
-        rates = parse_floats(exit_rates or "0.6", "--exit-rates")
-        layers = None if exits is None else parse_ints(exits, "--exits")
-        subject = synthetic(shape, layers, rates, kv_fill or "recompute", dtype, config)
-    else:
-        settings = early_exit_from(exits, thresholds, criterion, kv_fill, False)
-        subject = trained(model, settings, dtype, config, max_model_len)
-    make = _workloads(subject, prompts, requests, output_tokens, rate, trace, trace_scale, trace_speed, tpot_ms, seed)
-    err = Console(stderr=True)
-
-    def told(cell: Cell) -> None:
-        if sys.stderr.isatty():
-            err.print(f"{cell.policy}, {cell.in_flight} in flight: {cell.speeds[-1]:.1f} tokens/s", style="dim")
-
-    report = run(subject, names, counts, make, repeats, told=told)
-    show(report, Console())
-    for path, text in ((json_file, json.dumps(report, indent=1)), (html_file, render(report) if html_file else "")):
-        if path is not None:
-            path.write_text(text + "\n", encoding="utf-8")
-            typer.echo(f"wrote {path}", err=True)
+    with OutputFile(json_file, "--json") as data, OutputFile(html_file, "--html") as page:
+        if shape is not None:
+            rates = parse_floats(exit_rates or "0.6", "--exit-rates")
+            layers = None if exits is None else parse_ints(exits, "--exits")
+            subject = synthetic(shape, layers, rates, kv_fill or "recompute", dtype, config)
+        else:
+            settings = early_exit_from(exits, thresholds, criterion, kv_fill, False)
+            subject = trained(model, settings, dtype, config, max_model_len)
+        report = run(subject, names, counts, offer.workloads(subject), repeats)
+        show(report, Console())
+        if data.wanted:
+            data.write(json.dumps(report, indent=1) + "\n")
+        if page.wanted:
+            page.write(render(report) + "\n")
 
 
-def _check_given(context: typer.Context, with_url: bool) -> None:
-    """Raise ValueError for an option that would be ignored."""
-    for name in ONLY_POLICIES if with_url else ONLY_URL:
+def _check_given(
+    context: typer.Context, mode: str, only_with: Sequence[str], only_without: Sequence[str], *, given: bool
+) -> None:
+    """Raise ValueError for an option that would be ignored.
+
+    Args:
+        context: of the command.
+        mode: the option that decides what others mean something.
+        only_with, only_without: parameters that mean something with it, and without it.
+        given: whether it was.
+    """
+    for name in only_without if given else only_with:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            option = "--" + name.removesuffix("_file").replace("_", "-")
-            raise ValueError(f"{option} goes {'without' if with_url else 'with'} --url: leave it out")
+            option = "MODEL" if name == "model" else "--" + name.removesuffix("_file").replace("_", "-")
+            raise ValueError(f"{option} goes {'without' if given else 'with'} {mode}: leave it out")
 
 
 def _load(target: Target, asked: Asked, goodput: list[str], json_file: Path | None) -> None:
@@ -175,50 +182,69 @@ def _load(target: Target, asked: Asked, goodput: list[str], json_file: Path | No
     from drex.bench.open_loop import run
 
     targets = parse_goodput(goodput)
-    with Console(stderr=True).status("loading the server") as status:
-        report = asyncio.run(run(target, asked, targets, lambda done: status.update(f"{done} requests done")))
-    show(report, Console())
-    if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        typer.echo(f"wrote {json_file}", err=True)
+    with OutputFile(json_file, "--json") as data:
+        report = asyncio.run(run(target, asked, targets))
+        show(report, Console())
+        if data.wanted:
+            data.write(json.dumps(report, indent=1) + "\n")
 
 
-def _workloads(
-    subject: Subject,
-    prompts: Path | None,
-    requests: int | None,
-    output_tokens: int,
-    rate: float | None,
-    trace: Path | None,
-    trace_scale: float,
-    trace_speed: float,
-    tpot_ms: float | None,
-    seed: int,
-) -> Callable[[int], Workload]:
-    """What to serve at a count in flight."""
-    from drex.bench.bench import Workload, random_prompts
-    from drex.bench.subject import SYNTHETIC, held_out_prompts, read_prompts
-    from drex.request import SamplingParams
-    from drex.sim.workload import draw_jobs, read_trace
+@dataclass(frozen=True)
+class _Offer:
+    """What every policy is to serve, as the options of the same names say."""
 
-    whole = subject.config.max_model_len
-    longest = whole - output_tokens
-    if longest < 1:
-        raise ValueError(f"--output-tokens {output_tokens}: the model takes {whole} tokens, prompt and output together")
-    if prompts is not None:
-        texts = [ids[:longest] for ids in read_prompts(prompts, subject)]
-    elif subject.label == SYNTHETIC:
-        texts = random_prompts(subject.model.decoder.spec.vocab_size, 256, longest, seed)
-    else:
-        texts = held_out_prompts(subject, longest)
-    params = SamplingParams(temperature=0.0, ignore_eos=True, tpot_ms=tpot_ms)
+    prompts: Path | None
+    requests: int | None
+    output_tokens: int
+    rate: float | None
+    trace: Path | None
+    trace_scale: float
+    trace_speed: float
+    tpot_ms: float | None
+    seed: int
 
-    def make(count: int) -> Workload:
-        if trace is not None:
-            jobs = read_trace(trace, scale=trace_scale, longest=whole, speed=trace_speed)[: requests or 64]
+    def check(self, *, tokens_only: bool) -> None:
+        """Raise ValueError for files that can't be read, before a model is loaded for them.
+
+        Args:
+            tokens_only: there will be no tokeniser for prompts that are text.
+        """
+        from drex.bench.subject import prompts_in
+        from drex.sim.workload import read_trace
+
+        if self.prompts is not None:
+            found = prompts_in(self.prompts)
+            if tokens_only and any(isinstance(prompt, str) for prompt in found):
+                raise ValueError(f"{self.prompts} has text and --shape no tokeniser: give prompts as token ids")
+        if self.trace is not None:
+            read_trace(self.trace, scale=self.trace_scale, speed=self.trace_speed)
+
+    def workloads(self, subject: Subject) -> Callable[[int], Workload]:
+        """What to serve on a subject, at a count in flight."""
+        from drex.bench.bench import Workload, random_prompts
+        from drex.bench.subject import SYNTHETIC, held_out_prompts, read_prompts
+        from drex.request import SamplingParams
+        from drex.sim.workload import draw_jobs, read_trace
+
+        whole, tokens = subject.config.max_model_len, self.output_tokens
+        longest = whole - tokens
+        if longest < 1:
+            raise ValueError(f"--output-tokens {tokens}: the model takes {whole} tokens, prompt and output together")
+        if self.prompts is not None:
+            texts = [ids[:longest] for ids in read_prompts(self.prompts, subject)]
+        elif subject.label == SYNTHETIC:
+            texts = random_prompts(subject.model.decoder.spec.vocab_size, 256, longest, self.seed)
         else:
-            wanted = requests or max(8, 4 * count)
-            jobs = draw_jobs(wanted, (min(16, longest), longest), (output_tokens, output_tokens), rate=rate, seed=seed)
-        return Workload(texts, jobs, params, "closed" if rate is None and trace is None else "open")
+            texts = held_out_prompts(subject, longest)
+        params = SamplingParams(temperature=0.0, ignore_eos=True, tpot_ms=self.tpot_ms)
 
-    return make
+        def make(count: int) -> Workload:
+            if self.trace is not None:
+                jobs = read_trace(self.trace, scale=self.trace_scale, longest=whole, speed=self.trace_speed)
+                return Workload(texts, jobs[: self.requests or 64], params, "open")
+            wanted = self.requests or max(8, 4 * count)
+            lengths = (min(16, longest), longest), (tokens, tokens)
+            jobs = draw_jobs(wanted, *lengths, rate=self.rate, seed=self.seed)
+            return Workload(texts, jobs, params, "closed" if self.rate is None else "open")
+
+        return make

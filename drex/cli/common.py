@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from drex.checkpoint import Thresholds, check_threshold
 from drex.config import EarlyExit
 
 EXIT_LAYERS_HELP = "Exit points: comma-separated counts of layers executed, as in 4,8."
@@ -17,6 +21,9 @@ ModelOption = Annotated[
 ExitsOption = Annotated[str | None, typer.Option("--exits", help=EXIT_LAYERS_HELP)]
 ThresholdsOption = Annotated[
     str | None, typer.Option("--thresholds", help="Confidence at which a token exits: one number, or one an exit.")
+]
+SweepOption = Annotated[
+    str | None, typer.Option("--sweep", help="Compare several thresholds, each for all exits, as in 0.5,0.7,0.9.")
 ]
 CriterionOption = Annotated[
     str | None, typer.Option("--criterion", help="max_prob, margin, entropy, state, patience, probe or trace.")
@@ -76,12 +83,44 @@ def early_exit_from(
     )
 
 
-def parse_ints(text: str, option: str) -> tuple[int, ...]:
-    """'4,8' -> (4, 8); raises ValueError naming the option."""
+def sweep_from(thresholds: str | None, sweep: str | None, default: Sequence[float]) -> list[Thresholds]:
+    """What a command that compares thresholds compares: the one setting of --thresholds, or those of --sweep.
+
+    Args:
+        thresholds: text of --thresholds: one number, or one an exit.
+        sweep: text of --sweep: numbers, each for all exits.
+        default: the sweep where neither is given.
+
+    Raises:
+        ValueError: both were given, or what is no threshold.
+    """
+    if thresholds is not None and sweep is not None:
+        raise ValueError("--thresholds is one setting and --sweep compares several: give one of them")
+    if thresholds is None:
+        return [check_threshold(each) for each in (default if sweep is None else parse_floats(sweep, "--sweep"))]
+    numbers = tuple(map(check_threshold, parse_floats(thresholds, "--thresholds")))
+    return [numbers if len(numbers) > 1 else numbers[0]]
+
+
+@contextmanager
+def hinting_at_sweep() -> Iterator[None]:
+    """Name --sweep where there are not as many --thresholds as exit points: they may have been meant to be compared."""
     try:
-        return tuple(int(part) for part in text.split(","))
+        yield
+    except ValueError as error:
+        hint = "; to compare several, --sweep" if str(error).startswith("thresholds [") else ""
+        raise ValueError(f"{error}{hint}") from error
+
+
+def parse_ints(text: str, option: str, least: int | None = None) -> tuple[int, ...]:
+    """'4,8' -> (4, 8); raises ValueError naming the option, for a number below `least` too."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{option} {text!r}: give whole numbers separated by commas, as in 4,8") from None
+    if least is not None and min(found) < least:
+        raise ValueError(f"{option} {text!r}: give whole numbers from {least} on")
+    return found
 
 
 def parse_floats(text: str, option: str) -> tuple[float, ...]:
@@ -90,3 +129,39 @@ def parse_floats(text: str, option: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{option} {text!r}: give numbers separated by commas, as in 0.5,0.7") from None
+
+
+def check_at_least(least: float, **given: float | None) -> None:
+    """Raise ValueError for the first number that is below `least`, or none at all.
+
+    Args:
+        least: the smallest that is good.
+        given: numbers by their options, as in `output_tokens` for --output-tokens; None was not given.
+    """
+    for name, value in given.items():
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"{_option(name)} is {value}: give a number from {least} on")
+
+
+def check_above_zero(**given: float | None) -> None:
+    """Raise ValueError for the first number, named as in `check_at_least`, that is not above 0 and finite."""
+    for name, value in given.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{_option(name)} is {value}: give a number above 0")
+
+
+def check_choice(option: str, value: str, known: Collection[str]) -> None:
+    """Raise ValueError for a value that is not among those known, naming these."""
+    if value not in known:
+        raise ValueError(f"{option} {value!r}: choose one of {', '.join(known)}")
+
+
+def check_share(**given: float | None) -> None:
+    """Raise ValueError for the first number, named as in `check_at_least`, that is no share from 0 to 1."""
+    for name, value in given.items():
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{_option(name)} is {value}: give a share from 0 to 1")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

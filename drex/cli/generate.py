@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.style import Style
-from rich.text import Text
 
 from drex.cli.common import (
     CriterionOption,
@@ -29,25 +25,11 @@ from drex.cli.common import (
     ThresholdsOption,
     early_exit_from,
 )
-from drex.outputs import ExitStats, TokenOutput
+from drex.cli.writers import Job, JsonWriter, TextWriter
+from drex.outputs import ExitStats
+from drex.progress import Progress
 from drex.request import SamplingParams
 from drex.text_files import decode, read_lines, read_text
-
-DEPTH_COLOURS = ("green", "yellow", "cyan", "magenta", "blue")
-"""Of the exits, first to last; tokens of full depth keep the terminal's own colour."""
-
-
-@dataclass
-class Job:
-    """One prompt and what has come of it; `error` is why it can't be served."""
-
-    prompt: str | list[int]
-    prompt_tokens: int = 0
-    error: str | None = None
-    text: str = ""
-    tokens: list[TokenOutput] = field(default_factory=list)
-    finish_reason: str | None = None
-    seconds: float = 0.0
 
 
 def generate(
@@ -120,15 +102,21 @@ def generate(
             except ValueError as error:
                 job.error = str(error)
     started = time.perf_counter()
-    writer = _JsonWriter(layers) if as_json else _TextWriter(llm.model.exits.layers, single=len(jobs) == 1)
-    _serve(llm, jobs, params, writer)
+    writer = JsonWriter(layers) if as_json else TextWriter(llm.model.exits.layers, single=len(jobs) == 1)
+    # Text that is seen as it comes needs no progress beside it.
+    on_terminal = sys.stdout.isatty()
+    tokens = params.max_tokens * sum(job.error is None for job in jobs)
+    with Progress("generating", tokens, show=as_json or not on_terminal, lines=on_terminal) as progress:
+        _serve(llm, jobs, params, writer, progress)
     if not as_json:
         _summary(jobs, time.perf_counter() - started, layers)
     if any(job.error is not None for job in jobs):
         raise typer.Exit(2)
 
 
-def _serve(llm: Any, jobs: list[Job], params: SamplingParams, writer: _JsonWriter | _TextWriter) -> None:
+def _serve(
+    llm: Any, jobs: list[Job], params: SamplingParams, writer: JsonWriter | TextWriter, progress: Progress
+) -> None:
     """Run what can be served; everything is written in the order of the prompts."""
     good = [job for job in jobs if job.error is None]
     ahead = iter(jobs)
@@ -140,6 +128,8 @@ def _serve(llm: Any, jobs: list[Job], params: SamplingParams, writer: _JsonWrite
         job.tokens.extend(chunk.tokens)
         job.finish_reason, job.error = chunk.finish_reason, chunk.error
         job.seconds = time.perf_counter() - started
+        never = params.max_tokens - len(job.tokens) if job.finish_reason else 0
+        progress.advance(len(chunk.tokens) + never)
         if current is not None and job is current:
             writer.progress(job)
         while current is not None and (current.error is not None or current.finish_reason is not None):
@@ -189,95 +179,6 @@ def _read_jsonl(path: Path) -> list[Job]:
     if not jobs:
         raise ValueError(f"{path} holds no prompts: put one JSON object with a prompt on each line")
     return jobs
-
-
-class _JsonWriter:
-    """One object a prompt."""
-
-    def __init__(self, num_layers: int) -> None:
-        self._num_layers = num_layers
-
-    def progress(self, job: Job) -> None:
-        """JSON is written when a prompt is done."""
-
-    def finish(self, job: Job) -> None:
-        sys.stdout.write(json.dumps(self._object(job)) + "\n")
-        sys.stdout.flush()
-
-    def _object(self, job: Job) -> dict[str, Any]:
-        if job.error is not None:
-            return {"prompt": job.prompt, "error": job.error}
-        stats = ExitStats.of(job.tokens, self._num_layers)
-        return {
-            "prompt": job.prompt,
-            "text": job.text,
-            "finish_reason": job.finish_reason,
-            "tokens": [
-                {
-                    "id": token.id,
-                    "text": token.text,
-                    "logprob": token.logprob,
-                    "exit_layer": token.exit_layer,
-                    "confidence": token.confidence,
-                }
-                for token in job.tokens
-            ],
-            "usage": {
-                "prompt_tokens": job.prompt_tokens,
-                "completion_tokens": stats.tokens,
-                "mean_depth": stats.mean_depth,
-                "exits": {str(layer): count for layer, count in stats.exits.items()},
-                "involuntary_exits": stats.involuntary_exits,
-                "involuntary_stays": stats.involuntary_stays,
-                "tokens_per_s": stats.tokens / job.seconds if job.seconds else 0.0,
-            },
-        }
-
-
-class _TextWriter:
-    """The text as it comes, coloured by exit depth on a terminal; several prompts one after the other."""
-
-    def __init__(self, exits: Sequence[int], single: bool) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._colours = {layer: DEPTH_COLOURS[min(i, len(DEPTH_COLOURS) - 1)] for i, layer in enumerate(exits)}
-        self._single = single
-        self._shown = 0
-        self._tokens = 0
-        self._begun = False
-
-    def progress(self, job: Job) -> None:
-        self._begin(job)
-        while self._tokens < len(job.tokens) and self._shown < len(job.text):
-            token = job.tokens[self._tokens]
-            # The text may end before the token does: a stop string was cut, or may be on its way.
-            piece = job.text[self._shown : self._shown + len(token.text)]
-            self._write(piece, self._colours.get(token.exit_layer))
-            self._shown += len(piece)
-            self._tokens += 1
-            if len(piece) < len(token.text):
-                break
-
-    def finish(self, job: Job) -> None:
-        self._begin(job)
-        if job.error is not None:
-            sys.stderr.write(f"drex: {job.error}\n")
-        else:
-            self.progress(job)
-            self._write(job.text[self._shown :] + "\n", None)
-        self._shown = self._tokens = 0
-        self._begun = False
-
-    def _begin(self, job: Job) -> None:
-        if self._begun:
-            return
-        self._begun = True
-        if not self._single:
-            self._write(f"--- {str(job.prompt)[:70]!r}\n", "bright_black")
-        elif isinstance(job.prompt, str) and self._console.is_terminal:
-            self._write(job.prompt, "bright_black")
-
-    def _write(self, text: str, colour: str | None) -> None:
-        self._console.print(Text(text, style=Style(color=colour)), end="")
 
 
 def _summary(jobs: list[Job], seconds: float, num_layers: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -29,8 +31,18 @@ app.command()(serve)
 app.command()(advise)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"drex {version('drex')}")
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Early-exit language models with dynamic rebatching."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,8 +16,15 @@ from drex.cli.common import (
     KvFillOption,
     MaxModelLenOption,
     ThresholdsOption,
+    check_at_least,
     early_exit_from,
 )
+from drex.cli.output import OutputFile
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from drex.control.profile import Profile
 
 
 def profile(
@@ -35,36 +42,43 @@ def profile(
     again: Annotated[bool, typer.Option("--again", help="Measure even if a fresh profile is kept.")] = False,
 ) -> None:
     """Measure what passes take on this machine, and show it; engines with the same settings start from it."""
-    import numpy as np
     from rich.console import Console
-    from rich.table import Table
 
     from drex.llm import LLM
     from drex.tuning.profile_cache import MEASURE, MEASURED
 
+    check_at_least(1, max_num_seqs=max_num_seqs, threads=threads)
     settings = early_exit_from(exits, thresholds, criterion, kv_fill, False)
-    found = LLM(
-        model,
-        early_exit=settings,
-        dtype=dtype,
-        device=device,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        threads=threads,
-        profile=MEASURE if again else MEASURED,
-        generation_config="none",
-    ).profile
+    with OutputFile(out, "--out") as file:
+        found = LLM(
+            model,
+            early_exit=settings,
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            threads=threads,
+            profile=MEASURE if again else MEASURED,
+            generation_config="none",
+        ).profile
+        Console().print(_table(found, max_num_seqs))
+        if file.wanted:
+            file.write(json.dumps(found.to_dict()) + "\n")
+
+
+def _table(found: Profile, most: int) -> Table:
+    """What passes of up to so many rows take."""
+    import numpy as np
+    from rich.table import Table
+
     table = Table(
         "segment", "rows", "layers (ms)", "head (ms)", title=f"{found.source}, {found.threads or '-'} threads"
     )
     for number, cost in enumerate(found.segments):
         for rows in (1, 4, 8, 16, 32, 64):
-            if rows <= max_num_seqs:
+            if rows <= most:
                 layers, head = (float(curve.at(np.float64(rows))) * 1e3 for curve in (cost.rows, cost.head))
                 table.add_row(str(number) if rows == 1 else "", str(rows), f"{layers:.3f}", f"{head:.3f}")
         table.add_row("", "", f"+ {cost.span * 1e6:.1f} µs a request", f"{cost.entry * 1e9:.1f} ns a K/V entry")
         table.add_section()
-    Console().print(table)
-    if out is not None:
-        out.write_text(json.dumps(found.to_dict()) + "\n", encoding="utf-8")
-        typer.echo(f"wrote {out}", err=True)
+    return table

@@ -22,6 +22,9 @@ from drex.cli.common import (
     PolicyOption,
     RunAheadOption,
     ThresholdsOption,
+    check_above_zero,
+    check_at_least,
+    check_share,
     early_exit_from,
 )
 from drex.extras import INSTALL_SERVER
@@ -86,6 +89,10 @@ def serve(
         raise ValueError(f"the server's libraries are missing ({', '.join(missing)}): {INSTALL_SERVER}")
     if not 0 <= port <= MOST_PORT:  # what listens would take the remainder
         raise ValueError(f"--port is {port}: give 1 to {MOST_PORT}, or 0 for any that is free")
+    check_at_least(1, threads=threads, max_model_len=max_model_len)
+    check_above_zero(gpu_memory_utilization=gpu_memory_utilization)
+    check_share(gpu_memory_utilization=gpu_memory_utilization)
+    template = None if chat_template is None else _read_template(chat_template)
     from drex.compute.load import BUNDLED
     from drex.llm import LLM
     from drex.server.logs import logging_to_stderr
@@ -125,19 +132,24 @@ def serve(
             tokenizer=tokenizer,
             generation_config=generation_config,
         )
-        if chat_template is not None:
-            _use_template(llm, chat_template)
+        if template is not None:
+            _use_template(llm, template)
         code = run(llm, settings, host, port)
     if log.stuck:
         os._exit(code)
     raise typer.Exit(code)
 
 
-def _use_template(llm: LLM, path: Path) -> None:
-    """Replace the chat template; raises ValueError where there is nothing to replace, or no such file."""
-    if llm.tokenizer is None:
-        raise ValueError("--chat-template: the model has no tokeniser; name one with --tokenizer")
+def _read_template(path: Path) -> str:
+    """The text of --chat-template, read before a model is loaded; raises ValueError where there is none."""
     try:
-        llm.tokenizer.chat_template = read_text(path)
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--chat-template {path} can't be read ({error}): name a Jinja file") from error
+
+
+def _use_template(llm: LLM, template: str) -> None:
+    """Replace the chat template; raises ValueError where there is nothing to replace."""
+    if llm.tokenizer is None:
+        raise ValueError("--chat-template: the model has no tokeniser; name one with --tokenizer")
+    llm.tokenizer.chat_template = template

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,9 +23,18 @@ from drex.cli.common import (
     TraceOption,
     TraceScaleOption,
     TraceSpeedOption,
+    check_above_zero,
+    check_at_least,
+    check_choice,
+    check_share,
     parse_floats,
     parse_ints,
 )
+from drex.cli.output import OutputFile
+
+if TYPE_CHECKING:
+    from drex.config import EngineConfig
+    from drex.sim.workload import Job
 
 YOUNG_OBJECTS = 20_000
 """Between two collections of them: a run makes no cycles, and looking for some at every 700 took a tenth of it."""
@@ -71,9 +81,12 @@ def simulate(
 
     from drex.bench.html import render
     from drex.bench.table import show
+    from drex.bench.verdict import verdict
     from drex.bench.versions import versions
-    from drex.config import EngineConfig, per_exit
+    from drex.checkpoint import KV_FILLS
+    from drex.config import per_exit, policy_settings
     from drex.control.profile import load_profile
+    from drex.progress import Progress
     from drex.request import SamplingParams
     from drex.sim.machines import MACHINES, machine_profile
     from drex.sim.shapes import SHAPES
@@ -82,9 +95,15 @@ def simulate(
 
     # Whether early exit pays is in the report.
     logging.getLogger("drex.engine").setLevel(logging.ERROR)
-    for name, known, option in ((shape, SHAPES, "--shape"), (machine.lower(), MACHINES, "--machine")):
-        if name not in known:
-            raise ValueError(f"{option} {name!r}: choose one of {', '.join(known)}")
+    check_choice("--shape", shape, SHAPES)
+    check_choice("--machine", machine.lower(), MACHINES)
+    check_choice("--kv-fill", kv_fill, KV_FILLS)
+    check_at_least(1, requests=requests, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    check_above_zero(rate=rate, trace_scale=trace_scale, trace_speed=trace_speed)
+    check_share(acceptance=acceptance)
+    names, counts = policies.split(","), parse_ints(in_flight, "--in-flight", least=1)
+    for name in names:
+        policy_settings(name)
     size = SHAPES[shape]
     layers = parse_ints(exits, "--exits") if exits else (size.layers // 2,)
     lengths = segment_lengths(layers, size.layers)
@@ -101,16 +120,35 @@ def simulate(
     recorded = None if confidences is None else read_confidences(confidences, len(layers))
     params = SamplingParams(temperature=0.0, ignore_eos=True, tpot_ms=tpot_ms)
     scenario = Scenario(lengths, costs, rates, kv_fill, params, depths, recorded, limits, acceptance)
-    whole: dict[str, object] = {}
-    runs: list[object] = []
-    for count in parse_ints(in_flight, "--in-flight"):
-        if trace is not None:
-            jobs = read_trace(trace, scale=trace_scale, speed=trace_speed)[:requests]
-        else:
-            lengths_of = (prompt_tokens, prompt_tokens), (output_tokens, output_tokens)
-            jobs = draw_jobs(requests, *lengths_of, rate=rate, seed=seed)
-        longest = max(job.prompt + job.output for job in jobs)
-        config = EngineConfig(
+    if trace is not None:
+        jobs = read_trace(trace, scale=trace_scale, speed=trace_speed)[:requests]
+    else:
+        lengths_of = (prompt_tokens, prompt_tokens), (output_tokens, output_tokens)
+        jobs = draw_jobs(requests, *lengths_of, rate=rate, seed=seed)
+    configs = _configs(jobs, counts, max_num_batched_tokens, max_slowdown, adaptive)
+    gc.set_threshold(YOUNG_OBJECTS)
+    with OutputFile(json_file, "--json") as data, OutputFile(html_file, "--html") as page:
+        with Progress("simulating", len(jobs) * len(names) * len(configs)) as progress:
+            found = [run(scenario, names, jobs, config, progress.advance) for config in configs]
+        runs = [each for report in found for each in report["runs"]]
+        report = {**found[-1], **versions(), "model": shape, "dtype": "16 bit", "runs": runs}
+        report["verdict"] = verdict(report)
+        show(report, Console())
+        if data.wanted:
+            data.write(json.dumps(report, indent=1) + "\n")
+        if page.wanted:
+            page.write(render(report) + "\n")
+
+
+def _configs(
+    jobs: Sequence[Job], counts: Sequence[int], max_num_batched_tokens: int, max_slowdown: float | None, adaptive: bool
+) -> list[EngineConfig]:
+    """Settings of an engine for each count in flight; it has K/V for as many of the longest job."""
+    from drex.config import EngineConfig
+
+    longest = max(job.prompt + job.output for job in jobs)
+    return [
+        EngineConfig(
             max_model_len=longest,
             max_num_seqs=count,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -118,14 +156,5 @@ def simulate(
             max_slowdown=max_slowdown,
             adaptive=adaptive,
         )
-        gc.set_threshold(YOUNG_OBJECTS)
-        whole = run(scenario, policies.split(","), jobs, config)
-        found = whole["runs"]
-        assert isinstance(found, list)
-        runs.extend(found)
-    report = {**whole, **versions(), "model": shape, "dtype": "16 bit", "runs": runs}
-    show(report, Console())
-    for path, text in ((json_file, json.dumps(report, indent=1)), (html_file, render(report) if html_file else "")):
-        if path is not None:
-            path.write_text(text + "\n", encoding="utf-8")
-            typer.echo(f"wrote {path}", err=True)
+        for count in counts
+    ]

@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
-from drex.cli.common import EXIT_LAYERS_HELP, parse_floats, parse_ints
+from drex.cli.common import EXIT_LAYERS_HELP, check_at_least, parse_floats, parse_ints
+
+SMALLEST_VOCABULARY = 257
+"""Every byte, and the end of a text."""
 
 
 def train(
@@ -43,16 +46,19 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in OUT.")] = False,
 ) -> None:
     """Train a small early-exit decoder from text and write it as a Hugging Face folder with early_exit.json."""
-    import torch
-
     from drex.compute.device import has_fast_bfloat16
+    from drex.compute.load import pick_device
     from drex.tokenizer import load_tokenizer
     from drex.tuning.corpus import read_documents, standard_library
+    from drex.tuning.interruption import Stopped
     from drex.tuning.recipe import TrainConfig
+    from drex.tuning.train import check_folder
     from drex.tuning.train import train as run
 
     if bool(text) == stdlib:
         raise ValueError("name the text to train on: either --text PATH or --stdlib")
+    check_at_least(SMALLEST_VOCABULARY, vocab_size=vocab_size)
+    on = pick_device(device)
     config = TrainConfig(
         exits=parse_ints(exits, "--exits"),
         exit_head=exit_head,
@@ -71,13 +77,18 @@ def train(
         exit_loss=exit_loss,
         exit_weights=None if exit_weights is None else parse_floats(exit_weights, "--exit-weights"),
         rotate_exits=rotate_exits,
-        autocast=has_fast_bfloat16(torch.device(device)) if autocast is None else autocast,
+        autocast=has_fast_bfloat16(on) if autocast is None else autocast,
         compile=compile,
         seed=seed,
     )
-    documents = standard_library() if stdlib else read_documents(text or ())
+    check_folder(out, resume)
     given = vocab_size if tokenizer is None else load_tokenizer(tokenizer)
     if given is None:
-        raise ValueError(f"--tokenizer: there is none in {tokenizer}; name a folder with a tokenizer.json")
-    report = run(documents, given, out, config, resume=resume, device=device)
+        raise ValueError(f"--tokenizer {tokenizer} has no tokeniser: name a folder with a tokenizer.json")
+    documents = standard_library() if stdlib else read_documents(text or ())
+    try:
+        report = run(documents, given, out, config, resume=resume, device=str(on))
+    except Stopped as stopped:
+        typer.echo(f"drex: {stopped}: go on with the same command and --resume", err=True)
+        raise typer.Exit(128 + stopped.signal_number) from None
     typer.echo(json.dumps({"tokens": report.tokens, "epochs": report.epochs, "held_out_loss": report.held_out_loss}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from drex.bench.runner import Cell, summarise
+from drex.bench.verdict import MODELLED
 from drex.config import EngineConfig, ExitRule, policy_settings
 from drex.control.cost import CostModel
 from drex.control.profile import Profile
@@ -76,19 +77,34 @@ class Scenario:
             yield job.arrival, request
 
 
-def run(scenario: Scenario, policies: Sequence[str], jobs: Sequence[Job], config: EngineConfig) -> dict[str, Any]:
-    """Simulate policies on the same jobs; returns a report like that of `drex bench`."""
+def run(
+    scenario: Scenario,
+    policies: Sequence[str],
+    jobs: Sequence[Job],
+    config: EngineConfig,
+    done: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Simulate policies on the same jobs; returns a report like that of `drex bench`.
+
+    Args:
+        scenario: what is simulated.
+        policies: names.
+        jobs: that each of them serves.
+        config: of the engines, but for what a policy sets.
+        done: called after each request.
+    """
     layers = list(accumulate(scenario.lengths))
     cells = []
     for policy in policies:
         own = replace(config, **policy_settings(policy))
         engine = scenario.engine(policy, own, len(jobs))
         cell = Cell(policy, config.max_num_seqs, engine, closed=not any(job.arrival for job in jobs))
-        cell.run(scenario.requests(jobs, engine.scheduler.segments, own.run_ahead))
+        cell.run(scenario.requests(jobs, engine.scheduler.segments, own.run_ahead), done)
         cells.append(cell)
     return {
         "machine": {"cpu": scenario.profile.source, "device": scenario.profile.source, "cores": None, "threads": None},
         "label": LABEL,
+        "timing": MODELLED,
         "kv_fill": scenario.kv_fill,
         "exit_layers": layers[:-1],
         "num_layers": layers[-1],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from drex.progress import Progress
 from drex.text_files import read_lines, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".jsonl.xz")
+DOCUMENTS_AT_ONCE = 64
+"""Of those that are tokenised, before it is said how many were."""
 TokenIds = npt.NDArray[np.int32]
 
 
@@ -112,7 +116,7 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> PreTraine
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
     return PreTrainedTokenizerFast(
@@ -128,10 +132,12 @@ def tokenize(documents: list[Document], tokenizer: PreTrainedTokenizerBase) -> T
     if not isinstance(eos, int):
         raise ValueError("the tokeniser has no end-of-text token: set eos_token in its tokenizer_config.json")
     pieces: list[TokenIds] = []
-    for start in range(0, len(documents), 256):
-        texts = [document.text for document in documents[start : start + 256]]
-        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            pieces.append(np.asarray([*ids, eos], dtype=np.int32))
+    with Progress("tokenising", sum(len(document.text) for document in documents)) as progress:
+        for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
+            texts = [document.text for document in documents[start : start + DOCUMENTS_AT_ONCE]]
+            for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+                pieces.append(np.asarray([*ids, eos], dtype=np.int32))
+            progress.advance(sum(map(len, texts)))
     return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
 
 

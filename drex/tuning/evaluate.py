@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from drex.checkpoint import write_early_exit
-from drex.config import EarlyExit, ExitPlan
+from drex.checkpoint import Thresholds, write_early_exit
+from drex.config import EarlyExit, ExitPlan, per_exit
 from drex.llm import LLM
 from drex.outputs import Scored
+from drex.progress import Progress
 from drex.tuning.corpus import Blocks, Document, tokenize
 from drex.tuning.early_exit_file import measured_exits
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Held-out measurements at one threshold (None: full depth).
+    """Held-out measurements at one threshold, or one an exit point (None: full depth).
 
     Attributes:
         loss: nats a token.
@@ -29,7 +30,7 @@ class Quality:
         exits: share of positions by layers executed.
     """
 
-    threshold: float | None
+    threshold: Thresholds | None
     loss: float
     loss_ratio: float
     agreement: float
@@ -50,22 +51,24 @@ def held_out_blocks(llm: LLM, documents: Sequence[Document], tokens: int) -> lis
     return [[int(token) for token in block] for block in blocks.batch(numbers)]
 
 
-def evaluate(llm: LLM, sequences: Sequence[Sequence[int]], thresholds: Iterable[float]) -> list[Quality]:
+def evaluate(llm: LLM, sequences: Sequence[Sequence[int]], thresholds: Iterable[Thresholds]) -> list[Quality]:
     """Score `sequences` at full depth, then at each threshold under the fill that the engine serves.
 
     Args:
         llm: an engine with exit points.
         sequences: token ids, each of at least 2.
-        thresholds: one for all exits at a time.
+        thresholds: to measure one after the other, each for all exit points, or one an exit point.
 
     Returns:
         Full depth first, then in the order of `thresholds`.
     """
-    layers = llm.model.decoder.spec.num_layers
-    full = llm.score(sequences)
-    out = [_quality(None, full, full, layers)]
-    for threshold in thresholds:
-        out.append(_quality(threshold, llm.score(sequences, early_exit=EarlyExit(thresholds=threshold)), full, layers))
+    layers, thresholds = llm.model.decoder.spec.num_layers, list(thresholds)
+    with Progress("scoring", len(sequences) * (1 + len(thresholds))) as progress:
+        full = llm.score(sequences, each=progress.advance)
+        out = [_quality(None, full, full, layers)]
+        for threshold in thresholds:
+            scored = llm.score(sequences, early_exit=EarlyExit(thresholds=threshold), each=progress.advance)
+            out.append(_quality(threshold, scored, full, layers))
     return out
 
 
@@ -79,11 +82,12 @@ def confidences(llm: LLM, sequences: Sequence[Sequence[int]]) -> list[dict[str, 
     Returns:
         For each sequence, `confidences` and `right`, lists an exit point, with an entry for every token but the first.
     """
-    full = llm.score(sequences)
-    # A threshold of 0 lets everything out there.
-    alone = [
-        llm.score(sequences, early_exit=EarlyExit(layers=[layer], thresholds=0.0)) for layer in llm.model.exits.layers
-    ]
+    layers = llm.model.exits.layers
+    with Progress("scoring", len(sequences) * (1 + len(layers))) as progress:
+        full = llm.score(sequences, each=progress.advance)
+        # A threshold of 0 lets everything out there.
+        each = [EarlyExit(layers=[layer], thresholds=0.0) for layer in layers]
+        alone = [llm.score(sequences, early_exit=exits, each=progress.advance) for exits in each]
     return [
         {
             "confidences": [[round(c, 4) for c in scored.confidences] for scored in exits],
@@ -93,7 +97,7 @@ def confidences(llm: LLM, sequences: Sequence[Sequence[int]]) -> list[dict[str, 
     ]
 
 
-def _quality(threshold: float | None, scored: Sequence[Scored], full: Sequence[Scored], layers: int) -> Quality:
+def _quality(threshold: Thresholds | None, scored: Sequence[Scored], full: Sequence[Scored], layers: int) -> Quality:
     depths = Counter(layer for each in scored for layer in each.exit_layers)
     total = sum(depths.values())
     loss = -sum(sum(each.logprobs) for each in scored) / total
@@ -128,8 +132,8 @@ def set_threshold(folder: Path, num_layers: int, measured: Sequence[Quality], wi
     good = [q for q in measured if q.threshold is not None and q.loss_ratio <= 1 + within]
     if not good:
         raise ValueError(f"no threshold keeps the loss within {within:.1%} of full depth: measure higher thresholds")
-    best = min(good, key=lambda q: q.threshold or 0.0)
+    best = min(good, key=lambda q: q.threshold if isinstance(q.threshold, tuple) else (q.threshold or 0.0,))
     assert best.threshold is not None
     facts = measured_exits(folder, num_layers, plan)
-    write_early_exit(folder, replace(facts, thresholds=(best.threshold,) * len(facts.exits)))
+    write_early_exit(folder, replace(facts, thresholds=per_exit(best.threshold, len(facts.exits))))
     return best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 EXIT_LOSSES = ("ee_llm", "layerskip")
@@ -27,7 +28,7 @@ def exit_loss_weights(
     if scheme == "ee_llm":
         if weights is None:
             weights = [EE_LLM_WEIGHTS[min(i, 1)] for i in range(len(exits))]
-        if len(weights) != len(exits) or any(w < 0 for w in weights):
+        if len(weights) != len(exits) or not all(0 <= w < math.inf for w in weights):
             raise ValueError(f"exit weights {list(weights)}: give one weight from 0 on for each of {len(exits)} exits")
         return [*weights, 1.0]
     if scheme == "layerskip":

@@ -272,6 +272,29 @@ def test_full_depth_runs_beside_it_and_the_first_difference_is_marked(visit: Vis
     assert "100 % full depth" in str(visit.pane(1).locator(".shares").get_attribute("aria-label"))
 
 
+STATES_AT_REQUESTS = """() => {
+  const sent = window.fetch;
+  window.states = [];
+  window.fetch = (path, options) => {
+    const states = [...document.querySelectorAll(".pane .state")].map((state) => state.textContent);
+    if (path.endsWith("v1/completions")) window.states.push(states);
+    return sent(path, options);
+  };
+}"""
+
+
+def test_the_two_streams_take_turns_and_the_page_says_so(visit: Visit) -> None:
+    """Side by side they would slow each other down, and their tokens a second would compare nothing."""
+    assert "take turns" in visit.page.locator("#turns").inner_text()
+    visit.page.evaluate(STATES_AT_REQUESTS)
+    visit.run(60)
+    first, second = visit.page.evaluate("window.states")
+    assert first == ["waiting", "waits for its turn"]
+    assert second == ["reached max tokens", "waiting"]
+    visit.page.uncheck("#compare")
+    assert visit.page.locator("#turns").is_hidden()
+
+
 def test_sliders_change_the_request(visit: Visit) -> None:
     visit.page.uncheck("#compare")
     for name, value in (("threshold-2", 0.91), ("threshold-4", 1), ("temperature", 1.25), ("top_p", 0.6)):
@@ -295,9 +318,12 @@ def test_a_run_can_be_stopped(visit: Visit, server: Server) -> None:
     visit.set("max_tokens", 1000)
     visit.page.fill("#prompt", "the cat")
     visit.page.click("#run")
-    visit.pane(1).locator(".token").nth(3).wait_for()
+    visit.pane(0).locator(".token").nth(3).wait_for()
+    assert visit.pane(1).locator(".state").inner_text() == "waits for its turn"
     visit.page.click("#stop")
-    until(lambda: visit.pane(0).locator(".state").inner_text() == "stopped")
+    for number in (0, 1):
+        until(lambda pane=number: visit.pane(pane).locator(".state").inner_text() == "stopped")
+    assert visit.pane(1).locator(".token").count() == 0
     assert visit.page.locator("#run").is_enabled()
     until(lambda: server.serving.unfinished == 0)
 

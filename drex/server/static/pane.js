@@ -43,13 +43,13 @@ export class Pane {
     return this.#of.get(element);
   }
 
-  /** Get ready for a run: the prompt, and nothing after it. */
-  begin(prompt, depths) {
+  /** Get ready for a run: the prompt, nothing after it, and a word on what is waited for. */
+  begin(prompt, depths, state) {
     if (this.depths !== depths) this.#paintShares(depths);
     this.depths = depths;
     this.#clear();
     this.text.replaceChildren(make("span", { className: "prompt", textContent: prompt }));
-    this.reason = this.state.textContent = "waiting";
+    this.reason = this.state.textContent = state;
     this.element.classList.add("streaming");
     this.began = performance.now();
     this.#measure();

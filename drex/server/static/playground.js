@@ -1,4 +1,5 @@
-// The playground: one prompt, served with early exit and, beside it, at full depth.
+// The playground: one prompt, served with early exit and, beside it, at full depth: in turn, because both at once would
+// share the engine, and what they say of their speed would say nothing.
 
 import { stream } from "./api.js";
 import { $, make, plural, say } from "./dom.js";
@@ -50,7 +51,7 @@ export class Playground {
   }
 
   #arrange() {
-    this.#full.element.hidden = !$("compare").checked;
+    for (const element of [this.#full.element, $("turns")]) element.hidden = !$("compare").checked;
     $("difference").hidden = !$("compare").checked;
   }
 
@@ -80,12 +81,19 @@ export class Playground {
     if ($("output").getBoundingClientRect().top > innerHeight / 2) $("output").scrollIntoView();
     say("Running.");
     const bodies = [requests.early, requests.full];
-    const errors = await Promise.all(panes.map((pane, index) => this.#follow(pane, bodies[index], abort)));
+    for (const pane of panes) pane.begin(requests.early.prompt, this.depths, "waits for its turn");
+    // What is refused is refused at every depth: that is said once, beside what it is about. What fails, its pane says.
+    let refusal = null;
+    for (const [index, pane] of panes.entries()) {
+      if (refusal) pane.end(refusal);
+      else {
+        const error = await this.#follow(pane, bodies[index], abort);
+        if (error?.refused) refusal = error;
+      }
+    }
     this.#running = null;
     $("run").disabled = false;
     $("stop").disabled = true;
-    // Both streams are refused alike: that is said once, beside what it is about. What fails later, its pane says.
-    const refusal = errors.find((error) => error?.refused);
     if (refusal?.status === 401) this.openKey(refusal.message);
     else if (refusal) showError(refusal);
     else say(panes.map((pane) => pane.summary()).join(". "));
@@ -93,7 +101,7 @@ export class Playground {
 
   /** Show one stream until it ends. Returns the error that ended it, if one did. */
   async #follow(pane, body, abort) {
-    pane.begin(body.prompt, this.depths);
+    pane.begin(body.prompt, this.depths, "waiting");
     try {
       for await (const chunk of stream({ ...body, model: this.model }, abort.signal)) {
         pane.add(chunk);
