@@ -39,19 +39,23 @@ class Served:
         raise ValueError(f"{self.address} has no metric {name} with {labels!r}: is it a drex server?")
 
     def resident(self) -> tuple[float, float]:
-        """Bytes of the process that are in memory: all but its largest mapping, and that one, which is the K/V pool.
+        """Bytes of the process that are in memory: all but the K/V pool, and the pool.
 
-        Of a server elsewhere all of it counts as the first.
+        The pool is the largest anonymous mapping. Of a server elsewhere all of it counts as the first.
         """
         if self.process is None:
             return self.metric("process_resident_memory_bytes"), 0.0
         text = Path(f"/proc/{self.process.pid}/smaps").read_text()
-        sizes, resident = (
-            [1024.0 * int(found) for found in re.findall(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)]
-            for name in ("Size", "Rss")
-        )
-        largest = max(range(len(sizes)), key=sizes.__getitem__)
-        return sum(resident) - resident[largest], resident[largest]
+        total, pool, largest, anonymous = 0.0, 0.0, 0, False
+        for line in text.splitlines():
+            if header := re.match(r"[0-9a-f]+-[0-9a-f]+ (\S+) \S+ \S+ \S+\s*(.*)", line):
+                anonymous = header[1] == "rw-p" and not header[2]
+            elif size := re.match(r"Size:\s+(\d+) kB", line):
+                anonymous, largest = anonymous and int(size[1]) > largest, max(largest, int(size[1]) * anonymous)
+            elif rss := re.match(r"Rss:\s+(\d+) kB", line):
+                total += 1024.0 * int(rss[1])
+                pool = 1024.0 * int(rss[1]) if anonymous else pool
+        return total - pool, pool
 
 
 @contextlib.contextmanager
