@@ -8,9 +8,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from drex.engine.streams import Event
+from drex.intake import ContextLengthError
 from drex.outputs import TokenOutput
 from drex.request import Request as EngineRequest
 from drex.server.answer import Answer, finish_reason
+from drex.server.bodies import body_route
 from drex.server.errors import ApiError, documented
 from drex.server.logprobs import chat_logprobs
 from drex.server.replies import ChatChoice, ChatChunkChoice, ChatCompletion, ChatLogprobs
@@ -21,7 +23,7 @@ from drex.server.serving import Serving
 
 def routes(serving: Serving) -> APIRouter:
     """The endpoint, for one server."""
-    router = APIRouter()
+    router = APIRouter(route_class=body_route(serving))
 
     @router.post("/v1/chat/completions", responses=documented(ChatCompletion, streams=True))
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -32,13 +34,13 @@ def routes(serving: Serving) -> APIRouter:
             raise ApiError(400, "top_logprobs goes with logprobs: true", "top_logprobs")
         defaults = serving.llm.generation_defaults
         params = sampling_params(body, defaults, _max_tokens(body, serving), body.top_logprobs or None)
-        messages = conversation(body.messages, serving)
 
         def make() -> list[EngineRequest]:
+            messages = conversation(body.messages, serving)
+            if serving.settings.log_prompts:
+                request.state.log["messages"] = messages
             return serving.llm.intake.requests(chat_prompt(messages, body, serving), params)
 
-        if serving.settings.log_prompts:
-            request.state.log["messages"] = messages
         stream = await serving.submit(params.n, make, list(ChatRequest.model_fields))
         return await ChatAnswer(serving, body, stream, name, request).respond()
 
@@ -51,6 +53,9 @@ def conversation(messages: Sequence[ChatMessage], serving: Serving) -> list[dict
     Raises:
         ApiError: text that is too long, or no text.
     """
+    most = serving.llm.config.max_model_len
+    if len(messages) > most:
+        raise ApiError.of(ContextLengthError(most, f"there are {len(messages)} messages", "send fewer"), ["messages"])
     found: list[dict[str, Any]] = []
     for message in messages:
         content = message.content

@@ -11,6 +11,7 @@ from drex.outputs import TokenOutput
 from drex.prompts import Prompt
 from drex.request import Request as EngineRequest
 from drex.server.answer import Answer, finish_reason
+from drex.server.bodies import body_route
 from drex.server.errors import ApiError, documented
 from drex.server.logprobs import CompletionLog, joined
 from drex.server.replies import Completion, CompletionChoice, CompletionLogprobs
@@ -23,18 +24,19 @@ DEFAULT_MAX_TOKENS = 16
 
 def routes(serving: Serving) -> APIRouter:
     """The endpoint, for one server."""
-    router = APIRouter()
+    router = APIRouter(route_class=body_route(serving))
 
     @router.post("/v1/completions", responses=documented(Completion, streams=True))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Complete prompts."""
         name = serving.check_model(body.model or None)
-        prompts = _prompts(body, serving)
+        prompts = _prompts(body)
         asked = _max_tokens(body, serving)
         logs = body.logprobs if body.echo else None
         params = sampling_params(body, serving.llm.generation_defaults, max(1, asked), body.logprobs, logs)
 
         def make() -> list[EngineRequest]:
+            _check_prompts(prompts, serving)
             exits = scores_exits(body)
             return [one for prompt in prompts for one in serving.llm.intake.requests(prompt, params, score_exits=exits)]
 
@@ -46,17 +48,21 @@ def routes(serving: Serving) -> APIRouter:
     return router
 
 
-def _prompts(body: CompletionRequest, serving: Serving) -> list[Prompt]:
+def _prompts(body: CompletionRequest) -> list[Prompt]:
     """The prompts of a body, one by one; text may be empty, since a tokeniser may begin it with a token of its own."""
     given = body.prompt
     single = isinstance(given, str) or (given and isinstance(given[0], int))
     prompts: list[Prompt] = [given] if single else list(given)  # type: ignore[list-item, arg-type]
     if not prompts:
         raise ApiError(400, "prompt is empty: give at least one token", "prompt")
+    return prompts
+
+
+def _check_prompts(prompts: Sequence[Prompt], serving: Serving) -> None:
+    """Raise ApiError (400) for text that is too long, or not valid Unicode."""
     for prompt in prompts:
         if isinstance(prompt, str):
             serving.check_text(prompt, "prompt")
-    return prompts
 
 
 def _max_tokens(body: CompletionRequest, serving: Serving) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
 from pydantic_core import PydanticCustomError
 
 from drex.checkpoint import CRITERIA
@@ -25,13 +25,21 @@ NO_LIMIT = -1
 NOT_SUPPORTED = "not supported: "
 """Begins the descriptions of fields that drex does not have; what follows says what to do instead."""
 
+
+def _yielding(value: Any) -> Any:
+    """The value itself: where Python code runs between the elements of a long list, so can other threads."""
+    return value
+
+
+Yielding = BeforeValidator(_yielding)
 Int64 = Annotated[int, Field(ge=-INT64, lt=INT64)]
 Count = Annotated[int, Field(ge=0, lt=INT64)]
 Target = Annotated[float, Field(gt=0, lt=1e9)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 TokenKey = Annotated[str, StringConstraints(pattern=TOKEN_IDS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-TokenIds = Annotated[list[Count], Field(min_length=1)]
+TokenIds = Annotated[list[Count], Field(min_length=1, fail_fast=True)]
+"""Lists stop at their first error: one for each element of a large body takes minutes, and gigabytes."""
 Limit = Annotated[int, Field(ge=NO_LIMIT, lt=INT64)]
 Never = Annotated[list[Any], Field(max_length=0)]
 Ignored = dict[str, Any]
@@ -47,8 +55,12 @@ class EarlyExitOptions(Strict):
     """Early-exit settings of one request; what is left out is as the engine has it."""
 
     enabled: bool = Field(True, description="false: full depth for every token")
-    layers: list[Count] | None = Field(None, description="exits that it may take, of those that the engine has")
-    thresholds: float | list[float] | None = Field(None, description="one number, or one for each of its exits")
+    layers: Annotated[list[Count], Field(fail_fast=True)] | None = Field(
+        None, description="exits that it may take, of those that the engine has"
+    )
+    thresholds: float | Annotated[list[float], Field(fail_fast=True)] | None = Field(
+        None, description="one number, or one for each of its exits"
+    )
     criterion: Literal[CRITERIA] | None = None  # type: ignore[valid-type]
     schedule: Literal[SCHEDULES] | None = None  # type: ignore[valid-type]
     patience: Annotated[int, Field(ge=1, lt=INT64)] | None = None
@@ -149,10 +161,10 @@ class Generation(Unsupported):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MAX_BIASES)] | None = None
     seed: Int64 | None = Field(None, description="-1 is none: other noise each time")
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = Field(
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = Field(
         None, description=f"a non-empty string of at most {MAX_STOP_LENGTH} characters, or up to {MAX_STOPS} of them"
     )
-    stop_token_ids: Annotated[list[Count], Field(max_length=MAX_BIASES)] | None = None
+    stop_token_ids: Annotated[list[Count], Field(max_length=MAX_BIASES, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
@@ -176,9 +188,12 @@ class Generation(Unsupported):
 class CompletionRequest(Generation):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds] = Field(
-        description="a string, a list of strings, a list of token ids, or a list of lists of token ids"
-    )
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True)]
+        | TokenIds
+        | Annotated[list[Annotated[TokenIds, Yielding]], Field(fail_fast=True)]
+    ) = Field(description="a string, a list of strings, a list of token ids, or a list of lists of token ids")
     echo: bool | None = Field(None, description="the prompt before the completion, with its log-probabilities")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = Field(None, description="only as many as n")
@@ -204,7 +219,9 @@ class ChatMessage(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = Field(None, description="a string, or a list of text parts")
+    content: str | Annotated[list[Annotated[TextPart, Yielding]], Field(fail_fast=True)] | None = Field(
+        None, description="a string, or a list of text parts"
+    )
     name: str | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = Field(None, description="for chat templates that repeat it")
@@ -229,10 +246,13 @@ class Templating(Strict):
     )
 
 
+Messages = Annotated[list[Annotated[ChatMessage, Yielding]], Field(min_length=1, fail_fast=True)]
+
+
 class ChatRequest(Generation, Templating):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Limit | None = Field(None, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -247,7 +267,7 @@ class TokenizeRequest(Templating):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = Field(None, description="of a prompt; true unless said otherwise")
     return_token_strs: bool | None = None
 
@@ -256,7 +276,7 @@ class DetokenizeRequest(Strict):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[Count]
+    tokens: Annotated[list[Count], Field(fail_fast=True)]
 
 
 BODIES: dict[str, type[Strict]] = {

@@ -33,6 +33,7 @@ class Serving:
         texts: of single tokens.
         draining: what is open is finished, and nothing new is let in.
         created: when the server started, seconds since 1970.
+        bodies: deadlines of those that are still coming.
     """
 
     def __init__(self, llm: LLM, settings: ServerSettings) -> None:
@@ -40,9 +41,12 @@ class Serving:
         self.telemetry = Telemetry(settings.served_names[0], llm.model.exits.layers, llm.model.decoder.spec.num_layers)
         self.engine = AsyncEngine(llm.engine, self.telemetry)
         self.draining = False
+        self.bodies: set[asyncio.Timeout] = set()
         self.created = int(time.time())
         # One thread: a tokeniser can't be used by several at once, nor can requests be numbered.
         self._intake = ThreadPoolExecutor(1, thread_name_prefix="drex-intake")
+        # Another: a large body is no reason for small ones to wait until they are tokenised.
+        self._bodies = ThreadPoolExecutor(1, thread_name_prefix="drex-bodies")
         self._preparing = 0
         self.texts = TokenTexts(llm.tokenizer)
         self._longest_token = max(map(len, llm.tokenizer.get_vocab())) if llm.tokenizer is not None else 0
@@ -55,11 +59,17 @@ class Serving:
         """End the engine; what is still open ends with an error."""
         await self.engine.stop()
         self._intake.shutdown()
+        self._bodies.shutdown()
 
     @property
     def unfinished(self) -> int:
         """Requests (samples) that have not ended."""
         return self.engine.unfinished + self._preparing
+
+    def refuse_bodies(self) -> None:
+        """End the wait for bodies that are still coming: they are not served any more."""
+        for body in self.bodies:
+            body.reschedule(asyncio.get_running_loop().time())
 
     def check_open(self) -> None:
         """Raise ApiError (503) unless new requests are let in."""
@@ -85,6 +95,10 @@ class Serving:
             check_unicode(text)
         except ValueError as error:
             raise ApiError(400, f"{field}: {error}", field) from error
+
+    async def read(self, work: Callable[[], T]) -> T:
+        """Run what reads a large body beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._bodies, work)
 
     async def prepare(self, work: Callable[[], T], fields: Sequence[str]) -> T:
         """Run what tokenises and validates beside the event loop.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from fastapi import APIRouter, Response
 
+from drex.server.bodies import body_route
 from drex.server.chat import chat_prompt, conversation
 from drex.server.errors import ApiError, documented
 from drex.server.replies import Text, Tokens
@@ -16,7 +17,7 @@ from drex.server.streaming import encode
 
 def routes(serving: Serving) -> APIRouter:
     """The endpoints, for one server."""
-    router = APIRouter()
+    router = APIRouter(route_class=body_route(serving))
     llm = serving.llm
 
     @router.post("/tokenize", responses=documented(Tokens))
@@ -40,11 +41,14 @@ def routes(serving: Serving) -> APIRouter:
         if tokenizer is None:
             raise ApiError(400, "the model has no tokeniser: there is no text")
         last = llm.model.decoder.spec.vocab_size - 1
-        outside = [token for token in body.tokens if token > last]
-        if outside:
-            raise ApiError(400, f"tokens has id {outside[0]}: the vocabulary has ids 0..{last}", "tokens")
-        text = await serving.prepare(lambda: str(tokenizer.decode(body.tokens)), ("tokens",))
-        found: Text = {"prompt": text}
+
+        def work() -> str:
+            outside = next((token for token in body.tokens if token > last), None)
+            if outside is not None:
+                raise ValueError(f"tokens has id {outside}: the vocabulary has ids 0..{last}")
+            return str(tokenizer.decode(body.tokens))
+
+        found: Text = {"prompt": await serving.prepare(work, ("tokens",))}
         return Response(encode(found), media_type="application/json")
 
     return router
@@ -56,8 +60,8 @@ def _tokenization(serving: Serving, body: TokenizeRequest) -> Callable[[], list[
     if (prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt or messages", "prompt")
     if prompt is None:
-        messages = conversation(body.messages or (), serving)
-        return lambda: chat_prompt(messages, body, serving)
+        messages = body.messages or ()
+        return lambda: chat_prompt(conversation(messages, serving), body, serving)
     if tokenizer is None:
         raise ApiError(400, "the model has no tokeniser: there is nothing to tokenise with")
     serving.check_text(prompt, "prompt")
