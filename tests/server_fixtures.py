@@ -15,6 +15,7 @@ from conftest import COMMON, make_model
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from drex import LLM, EarlyExit
+from drex.server.listening import bind
 from drex.server.run import Server
 from drex.server.serving import Serving
 from drex.server.settings import ServerSettings
@@ -56,7 +57,7 @@ def llm(make_llm: Callable[..., LLM]) -> LLM:
 @contextlib.contextmanager
 def serving(llm: LLM, at: tuple[str, int] = ("127.0.0.1", 0), **settings: Any) -> Iterator[Server]:
     """A running server at an address; stopped, and found idle, at the end."""
-    server = Server(Serving(llm, ServerSettings(**{"served_names": (NAME,), **settings})), *at)
+    server = Server(Serving(llm, ServerSettings(**{"served_names": (NAME,), **settings})), bind(*at))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

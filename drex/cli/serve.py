@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from drex.llm import LLM
 
 MOST_PORT = 2**16 - 1
-LIBRARIES = ("fastapi", "uvicorn", "uvloop", "httptools", "prometheus_client")
+LIBRARIES = ("fastapi", "uvicorn", "uvloop", "h11", "prometheus_client")
 
 
 def serve(
@@ -95,6 +95,7 @@ def serve(
     template = None if chat_template is None else _read_template(chat_template)
     from drex.compute.load import BUNDLED
     from drex.llm import LLM
+    from drex.server.listening import bound
     from drex.server.logs import logging_to_stderr
     from drex.server.run import serve as run
     from drex.server.settings import ServerSettings, read_keys
@@ -111,7 +112,8 @@ def serve(
         log_prompts=log_prompts,
     )
     early_exit = early_exit_from(exits, thresholds, criterion, kv_fill, full_depth)
-    with logging_to_stderr(log_format) as log:
+    # The address first: loading a model takes long, and may be for nothing.
+    with logging_to_stderr(log_format) as log, bound(host, port) as sockets:
         llm = LLM(
             model,
             early_exit=early_exit,
@@ -134,7 +136,7 @@ def serve(
         )
         if template is not None:
             _use_template(llm, template)
-        code = run(llm, settings, host, port)
+        code = run(llm, settings, sockets)
     if log.stuck:
         os._exit(code)
     raise typer.Exit(code)

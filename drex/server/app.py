@@ -38,15 +38,16 @@ def create_app(serving: Serving) -> FastAPI:
     app.include_router(page.routes())
     _document(app)
     settings = serving.settings
-    app.add_middleware(BodyLimit, most=settings.max_body_bytes, seconds=settings.body_timeout)
+    app.add_middleware(BodyLimit, serving=serving)
     app.add_middleware(Guard, keys=Keys(settings.api_keys))
     app.add_middleware(RequestLog, telemetry=serving.telemetry)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.allowed_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            allow_methods=["GET", "HEAD", "POST"],
+            # Clients have headers of their own (OpenAI's: x-stainless-*), and here none opens anything but the key.
+            allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
     return app

@@ -10,13 +10,14 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from drex.engine.streams import EngineStoppedError
 from drex.intake import ContextLengthError
 from drex.server.explain import explain
 from drex.server.replies import ErrorReply
 from drex.server.schema import BODIES, EarlyExitOptions
-from drex.server.streaming import encode
+from drex.server.streaming import ClientGoneError, encode
 
 TYPES = {
     401: "authentication_error",
@@ -117,6 +118,8 @@ def install(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         if isinstance(error.__cause__, ApiError):  # from below FastAPI's reading of the body
             return error.__cause__.response()
+        if isinstance(error.__cause__, ClientDisconnect):
+            raise ClientGoneError from error
         said, headers = str(error.detail), dict(error.headers or {})
         if headers.get("Allow") == "GET":  # HEAD has a route of its own
             headers["Allow"] = "GET, HEAD"

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from drex.server.errors import ApiError
+from drex.server.serving import RETRY_AFTER, Serving
 from drex.server.settings import Keys
 from drex.server.streaming import GONE, ClientGoneError
 from drex.server.telemetry import Telemetry
@@ -55,6 +56,11 @@ class RequestLog:
             await self._app(scope, receive, noted)
         except ClientGoneError:
             said["gone"] = True
+        except asyncio.CancelledError:  # uvicorn's last word to what is open when the time to shut down is over
+            if not status:
+                await ApiError(503, "the server is shutting down: send the request elsewhere").response()(
+                    scope, receive, noted
+                )
         except ApiError as error:
             await error.response()(scope, receive, noted)
         except Exception:
@@ -107,16 +113,16 @@ def guarded(path: str) -> bool:
 
 
 class BodyLimit:
-    """Refuses bodies that are too large, or too slow to come.
+    """Refuses bodies that are too large, too slow to come, or still coming when the server shuts down.
 
     Args:
         app: what is inside.
-        most: bytes.
-        seconds: for the whole body.
+        serving: has the limits, and knows of the bodies that are coming.
     """
 
-    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
-        self._app, self._most, self._seconds = app, most, seconds
+    def __init__(self, app: ASGIApp, serving: Serving) -> None:
+        self._app, self._serving = app, serving
+        self._most, self._seconds = serving.settings.max_body_bytes, serving.settings.body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -132,12 +138,7 @@ class BodyLimit:
             nonlocal size, whole
             if whole:
                 return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                said = f"the body did not come within {self._seconds:g} s: send it faster"
-                raise ApiError(408, said, headers={"connection": "close"}) from None
+            message = await self._next(receive, deadline)
             size += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if size > self._most:
@@ -145,6 +146,23 @@ class BodyLimit:
             return message
 
         await self._app(scope, counted, send)
+
+    async def _next(self, receive: Receive, deadline: float) -> Message:
+        """What comes next; raises ApiError (408, 503) if nothing does before the deadline or the server's end."""
+        serving = self._serving
+        limit = asyncio.timeout_at(0 if serving.draining else deadline)
+        serving.bodies.add(limit)
+        try:
+            async with limit:
+                return await receive()
+        except TimeoutError:
+            if serving.draining:
+                said = "the server is shutting down: send the request elsewhere"
+                raise ApiError(503, said, headers={**RETRY_AFTER, "connection": "close"}) from None
+            said = f"the body did not come within {self._seconds:g} s: send it faster"
+            raise ApiError(408, said, headers={"connection": "close"}) from None
+        finally:
+            serving.bodies.discard(limit)
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self._most} bytes: send less at a time")

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
+from collections.abc import Sequence
+from functools import partial
 from types import FrameType
+from typing import cast
 
 import uvicorn
 
 from drex.llm import LLM
+from drex.server import listening
 from drex.server.app import create_app
+from drex.server.connection import Connection
 from drex.server.serving import Serving
 from drex.server.settings import ServerSettings
 
@@ -28,15 +34,16 @@ class Server(uvicorn.Server):
 
     Args:
         serving: what is served.
-        host, port: to listen at; port 0 is any that is free.
+        sockets: to accept clients from, bound to the server's addresses.
     """
 
-    def __init__(self, serving: Serving, host: str, port: int) -> None:
+    def __init__(self, serving: Serving, sockets: Sequence[socket.socket]) -> None:
+        made = partial(Connection, serving.settings, serving.telemetry)
         super().__init__(
             uvicorn.Config(
                 create_app(serving),
-                host=host,
-                port=port,
+                http=cast(type[asyncio.Protocol], made),  # uvicorn only calls it
+                ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -45,15 +52,26 @@ class Server(uvicorn.Server):
             )
         )
         self.serving = serving
+        self._sockets = list(sockets)
         self._stopping: asyncio.Task[None] | None = None
         self._closing: set[object] = set()
         self._looked = 0.0
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it listens, once `started`."""
-        host, port, *_ = self.servers[0].sockets[0].getsockname()
+        """Where it listens."""
+        host, port, *_ = self._sockets[0].getsockname()
         return host, port
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop; raises ValueError if somebody else has come to listen there."""
+        listening.listen(self._sockets)
+        super().run(self._sockets if sockets is None else sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = self.address
+        log.info("serving at http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came: the first drains, a second one ends all at once."""
@@ -90,6 +108,7 @@ class Server(uvicorn.Server):
     async def _drain(self) -> None:
         """Wait for what is open, as long as it may take; then end it."""
         serving, now = self.serving, asyncio.get_running_loop().time
+        serving.refuse_bodies()
         end = now() + serving.settings.shutdown_timeout
         while serving.unfinished and now() < end:
             await asyncio.sleep(TICK)
@@ -101,11 +120,18 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(llm: LLM, settings: ServerSettings, host: str, port: int) -> int:
-    """Serve until a signal comes. Returns the exit code: 0, or 1 if the server could not start or the engine failed."""
-    server = Server(Serving(llm, settings), host, port)
+def serve(llm: LLM, settings: ServerSettings, sockets: Sequence[socket.socket]) -> int:
+    """Serve on bound sockets until a signal comes.
+
+    Returns:
+        The exit code: 0, or 1 if the server could not start or the engine failed.
+
+    Raises:
+        ValueError: somebody else listens at an address by now.
+    """
+    server = Server(Serving(llm, settings), sockets)
     try:
         server.run()
-    except SystemExit:  # uvicorn's way to say that the address can't be had; the log has the reason
+    except SystemExit:  # uvicorn's way to say that the application did not start; the log has the reason
         return 1
     return 1 if server.serving.engine.failure is not None else 0

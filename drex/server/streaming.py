@@ -28,7 +28,15 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     Raises:
         ClientGoneError: it went, or did not take what it was sent before its time was over.
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    gone = asyncio.ensure_future(_disconnected(receive))
+
+    async def unless_before() -> T:
+        result = await work
+        if gone.done():  # what was sent since then went nowhere; once all is sent, it ends as well
+            raise ClientGoneError
+        return result
+
+    task = asyncio.ensure_future(unless_before())
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done() or task.cancelled():

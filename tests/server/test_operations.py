@@ -34,7 +34,12 @@ def post(address: str, **how: Any) -> httpx.Response:
 
 def head(length: int) -> bytes:
     """Of a request, for clients that misbehave below HTTP."""
-    lines = (b"POST /v1/completions HTTP/1.1", b"content-type: application/json", b"content-length: %d" % length)
+    lines = (
+        b"POST /v1/completions HTTP/1.1",
+        b"host: x",
+        b"content-type: application/json",
+        b"content-length: %d" % length,
+    )
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
@@ -118,6 +123,41 @@ def test_browsers_pages_elsewhere_are_let_in_only_where_they_are_named(locked: s
     assert named.headers["access-control-allow-origin"] == "https://page.example"
     assert "access-control-allow-origin" not in preflight(locked, "https://other.example").headers
     assert "access-control-allow-origin" not in preflight(base, "https://page.example").headers
+
+
+def test_pages_elsewhere_may_send_the_headers_of_openais_clients(locked: str) -> None:
+    # The names that the JavaScript client adds, and those that the Python one sends.
+    names = {"authorization", "content-type", "x-request-id", "x-stainless-helper-method", "x-stainless-timeout"}
+    names |= {f"x-stainless-{name}" for name in ("arch", "lang", "os", "package-version", "retry-count", "runtime")}
+    names |= {"x-stainless-runtime-version", "openai-organization", "openai-project"}
+
+    def note(sent: httpx.Request) -> None:
+        names.update(name for name in sent.headers if name.startswith("x-"))
+
+    with (
+        httpx.Client(event_hooks={"request": [note]}) as below,
+        openai.OpenAI(base_url=f"{locked}/v1", api_key="first", max_retries=0, http_client=below) as client,
+    ):
+        client.models.list()
+    for method in ("GET", "HEAD", "POST"):
+        asked = {
+            "origin": "https://page.example",
+            "access-control-request-method": method,
+            "access-control-request-headers": ",".join(sorted(names)),
+        }
+        reply = httpx.options(f"{locked}/v1/completions", headers=asked)
+        assert reply.status_code == 200, reply.text
+        allowed = {name.strip() for name in reply.headers["access-control-allow-headers"].split(",")}
+        assert names <= allowed
+    # An answer, and an error too, can be read by the page.
+    for key, status in (("first", 200), ("wrong", 401)):
+        headers = {"origin": "https://page.example", "authorization": f"Bearer {key}"}
+        reply = httpx.get(f"{locked}/v1/models", headers=headers)
+        assert reply.status_code == status
+        assert reply.headers["access-control-allow-origin"] == "https://page.example"
+    # Elsewhere nothing is said.
+    asked["origin"] = "https://other.example"
+    assert httpx.options(f"{locked}/v1/completions", headers=asked).status_code == 400
 
 
 # Limits

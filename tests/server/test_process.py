@@ -19,11 +19,13 @@ from typing import IO, Any
 import httpx
 import openai
 import pytest
-import typer
-from server_fixtures import until
+from server_fixtures import NAME, until
 
 from drex import LLM, SamplingParams
 from drex.cli.serve import serve
+from drex.server.listening import bound, listen
+from drex.server.run import serve as run
+from drex.server.settings import ServerSettings
 
 DREX = str(Path(sys.executable).with_name("drex"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -169,7 +171,7 @@ def test_the_bundled_model_is_served_and_its_tokens_are_pythons(tmp_path: Path) 
         ({"api_key": [""]}, "an API key is empty"),
         ({"api_key_file": Path("/nowhere")}, "can't be read"),
         ({"log_format": "xml"}, "choose one of text, json"),
-        ({"chat_template": Path("/nowhere")}, "--chat-template /nowhere can't be read"),
+        ({"chat_template": Path("/nowhere"), "model": "no/such/folder"}, "--chat-template /nowhere can't be read"),
         ({"gpu_memory_utilization": 0.9, "device": "cpu"}, "there is no GPU here"),
         ({"gpu_memory_utilization": 0.9, "kv_cache_tokens": 512}, "give one of them"),
     ],
@@ -191,16 +193,68 @@ def test_without_its_libraries_it_says_what_to_install() -> None:
 
 
 def test_the_engine_and_the_command_line_import_without_the_servers_libraries() -> None:
-    names = ["fastapi", "uvicorn", "starlette", "prometheus_client", "pydantic", "uvloop", "httptools"]
+    names = ["fastapi", "uvicorn", "starlette", "prometheus_client", "pydantic", "uvloop"]
     code = f"import sys; sys.modules.update(dict.fromkeys({names})); import drex.llm, drex.cli.main, drex.bench.bench"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_an_address_that_is_taken_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(typer.Exit) as ended:
-            serve(str(folder), port=taken.getsockname()[1], exits="2", thresholds="0.5")
-    assert ended.value.exit_code == 1
-    assert "in use" in capsys.readouterr().err
+# The address
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port at which somebody else listens."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+def test_an_address_that_cannot_be_had_is_refused_before_the_model_is_loaded(
+    taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("drex.llm.LLM", loaded)
+    with pytest.raises(ValueError, match=f"--port {taken} is in use at 127.0.0.1: .*give another port"):
+        serve(port=taken)
+    with pytest.raises(ValueError, match=f"--port {taken} is in use at localhost"):
+        serve(host="localhost", port=taken)
+    # An address for documentation, which no machine has; and what can't be a name.
+    with pytest.raises(ValueError, match=r"--host 192\.0\.2\.1 is not this machine's: give 127\.0\.0\.1"):
+        serve(host="192.0.2.1", port=0)
+    for host in ("a..b", "x" * 64, "1.2.3.4.5.6", "::1::"):
+        with pytest.raises(ValueError, match=r"--host .* is not known"):
+            serve(host=host, port=0)
+
+
+def test_a_taken_port_is_one_line_and_exit_code_2(taken: int) -> None:
+    command = [DREX, "serve", "--port", str(taken)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"drex: --port {taken} is in use")
+    assert len(done.stderr.splitlines()) == 1
+    assert not done.stdout
+
+
+def test_of_two_servers_that_load_at_once_the_second_hears_of_it(llm: LLM) -> None:
+    with bound("127.0.0.1", 0) as first:
+        port = first[0].getsockname()[1]
+        with bound("127.0.0.1", port) as second:
+            with pytest.raises(ConnectionRefusedError):  # a server that loads is not one that serves
+                socket.create_connection(("127.0.0.1", port), timeout=5)
+            listen(first)
+            with pytest.raises(ValueError, match=f"--port {port} is in use"):
+                run(llm, ServerSettings((NAME,)), second)
+
+
+def test_a_name_with_several_addresses_is_served_at_one_port() -> None:
+    with bound("localhost", 0) as sockets:
+        assert len({one.getsockname()[1] for one in sockets}) == 1
+        listen(sockets)
+        for one in sockets:
+            socket.create_connection(one.getsockname()[:2], timeout=5).close()
+        port = sockets[0].getsockname()[1]
+    with bound("localhost", port):  # given back
+        pass
