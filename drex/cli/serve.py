@@ -75,7 +75,7 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; with more, 429.")] = 1024,
     max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = 4 * 2**20,
     request_timeout: Annotated[float, typer.Option(help="Seconds for a request; then 504.")] = 600.0,
-    body_timeout: Annotated[float, typer.Option(help="Seconds for a body to come, or a piece to be taken.")] = 30.0,
+    body_timeout: Annotated[float, typer.Option(help="Seconds for headers or a body, or to take a piece.")] = 30.0,
     shutdown_timeout: Annotated[float, typer.Option(help="Seconds for what is open when told to stop.")] = 25.0,
     allowed_origins: Annotated[
         list[str] | None, typer.Option(help="Origin of pages that may use the server; may be given several times.")

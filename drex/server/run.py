@@ -7,6 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import cast
@@ -82,6 +83,15 @@ class Server(uvicorn.Server):
         self.serving.draining = True
         if at_once:
             self.should_exit = self.force_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End connections and the engine; at once, too, everyone who waits hears of it, if that takes no time."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WORDS):
+                    await self.lifespan.shutdown()
+                    await asyncio.gather(*self.server_state.tasks, return_exceptions=True)
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to exit; called ten times a second."""

@@ -25,7 +25,7 @@ class ServerSettings:
         max_body_bytes: of a request.
         max_queue: requests that may wait beyond those in flight; with more, 429.
         request_timeout: for one request from its body on, delivery included.
-        body_timeout: for the body of a request to come, and for a client to take each piece of a stream.
+        body_timeout: for a request's headers to come, then its body, and for a client to take each piece of a stream.
         shutdown_timeout: for what is open when the server is told to stop.
         allowed_origins: of browsers' pages elsewhere that may use the server; `*` is any.
         log_prompts: write prompts to the log.

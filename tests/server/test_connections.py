@@ -90,9 +90,11 @@ def fresh(make_llm: Callable[..., LLM]) -> Callable[..., Any]:
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[str], list[Any]]]:
     """A function that gives a field of all lines about requests so far; no line may have a traceback."""
     caplog.set_level(logging.INFO)
-    yield lambda name: [line.fields.get(name) for line in caplog.records if line.name == "drex.server.access"]
-    assert not [line.getMessage() for line in caplog.records if line.levelno >= logging.ERROR]
-    assert not [line for line in caplog.records if line.exc_info]
+    access = "drex.server.access"
+    yield lambda name: [line.fields.get(name) for line in caplog.records if line.name == access]
+    lines = caplog.get_records("call")
+    assert not [line.getMessage() for line in lines if line.levelno >= logging.ERROR and line.name != access]
+    assert not [line.exc_text or line.exc_info for line in lines if line.exc_info]
 
 
 # Upgrades
@@ -306,6 +308,24 @@ def test_bodies_that_are_still_coming_get_a_503_when_the_server_stops(
             raw.close()
     assert time.monotonic() - began < 2
     assert log("status") == [503] * 3
+
+
+def test_to_end_at_once_is_to_tell_everyone(fresh: Callable[..., Any], log: Callable[[str], list[Any]]) -> None:
+    with fresh() as server, connect(server) as whole, connect(server) as stream, connect(server) as slow:
+        whole.sendall(request(LONG))
+        stream.sendall(request({**LONG, "stream": True}))
+        slow.sendall(request(SHORT)[:-5])
+        until(lambda: server.serving.unfinished == 8)
+        server.stop()
+        server.stop(at_once=True)
+        began = time.monotonic()
+        for raw in (whole, slow):
+            assert refusal(reply(raw))[0] == 503
+        text = stream.makefile("rb").read()
+        assert b'"code":503' in text
+        assert b"[DONE]" in text
+        assert time.monotonic() - began < 2
+    assert sorted(log("status")) == [200, 503, 503]
 
 
 def test_a_client_that_does_not_read_does_not_hold_up_the_end(
