@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -104,3 +105,20 @@ def client(base: str) -> Iterator[openai.OpenAI]:
     """The official client, which does not try again."""
     with openai.OpenAI(base_url=f"{base}/v1", api_key="any", max_retries=0, timeout=60) as made:
         yield made
+
+
+@pytest.fixture
+def fresh(make_llm: Callable[..., LLM]) -> Callable[..., Any]:
+    """A function settings -> a server of one's own."""
+    return lambda **settings: serving(make_llm(max_num_seqs=4), **settings)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[str], list[Any]]]:
+    """A function that gives a field of all lines about requests so far; no line may have a traceback."""
+    caplog.set_level(logging.INFO)
+    access = "drex.server.access"
+    yield lambda name: [line.fields.get(name) for line in caplog.records if line.name == access]
+    lines = caplog.get_records("call")
+    assert not [line.getMessage() for line in lines if line.levelno >= logging.ERROR and line.name != access]
+    assert not [line.exc_text or line.exc_info for line in lines if line.exc_info]

@@ -180,7 +180,8 @@ class Connection(H11Protocol):
         self._refused = True
         self._ahead.clear()
         self.flow.resume_reading()
-        self.transport.write_eof()
+        if not self.transport.is_closing():
+            self.transport.write_eof()
         self._expect(self.transport.abort, LINGER)
 
     def _note(self, error: ApiError) -> None:

@@ -4,97 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
-from server_fixtures import serving, until, url
+from server_fixtures import until, url
+from wire import H2C, LONG, SHORT, chunked, closed, connect, refusal, reply, request
 
-from drex import LLM
 from drex.server.connection import MAX_HEAD_BYTES, MAX_SMALL_CHUNKS
 from drex.server.run import Server
 
-SHORT: dict[str, Any] = {"prompt": [5, 6, 7], "max_tokens": 3, "ignore_eos": True}
-LONG: dict[str, Any] = {**SHORT, "max_tokens": 1000, "n": 4}
-"""Takes seconds."""
-H2C = (
-    "connection: Upgrade, HTTP2-Settings",
-    "upgrade: h2c",
-    "http2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
-)
 CURL = shutil.which("curl")
-
-
-def request(body: dict[str, Any], *headers: str) -> bytes:
-    """A completion's request, as it goes over the wire."""
-    text = json.dumps(body).encode()
-    lines = ("POST /v1/completions HTTP/1.1", "host: x", "content-type: application/json", *headers)
-    return "\r\n".join((*lines, f"content-length: {len(text)}", "", "")).encode() + text
-
-
-def chunked(*headers: str) -> bytes:
-    """The head of a request whose body comes in chunks."""
-    lines = ("POST /v1/completions HTTP/1.1", "host: x", "content-type: application/json", *headers)
-    return "\r\n".join((*lines, "transfer-encoding: chunked", "", "")).encode()
-
-
-def connect(server: Server) -> socket.socket:
-    return socket.create_connection(server.address, timeout=20)
-
-
-def reply(raw: socket.socket) -> tuple[int, dict[str, Any]]:
-    """Status and JSON of the next reply, which must have a Content-Length."""
-    file = raw.makefile("rb", buffering=0)  # what comes after it is the next one's
-    status = int(file.readline().split()[1])
-    headers = {}
-    for line in iter(file.readline, b"\r\n"):
-        name, _, value = line.decode().partition(":")
-        headers[name.lower()] = value.strip()
-    body = b""
-    while len(body) < int(headers["content-length"]):
-        piece = file.read(int(headers["content-length"]) - len(body))
-        assert piece, "the connection ended in the middle of a reply"
-        body += piece
-    return status, json.loads(body)
-
-
-def closed(raw: socket.socket) -> bool:
-    """Whether the server ends the connection, now or within the socket's timeout."""
-    try:
-        return raw.recv(1) == b""
-    except ConnectionError:
-        return True
-
-
-def refusal(found: tuple[int, dict[str, Any]]) -> tuple[int, str]:
-    """Status and message of an error, which must have OpenAI's form."""
-    status, body = found
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert body["error"]["code"] == status
-    return status, body["error"]["message"]
-
-
-@pytest.fixture
-def fresh(make_llm: Callable[..., LLM]) -> Callable[..., Any]:
-    """A function settings -> a server of one's own."""
-    return lambda **settings: serving(make_llm(max_num_seqs=4), **settings)
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[str], list[Any]]]:
-    """A function that gives a field of all lines about requests so far; no line may have a traceback."""
-    caplog.set_level(logging.INFO)
-    access = "drex.server.access"
-    yield lambda name: [line.fields.get(name) for line in caplog.records if line.name == access]
-    lines = caplog.get_records("call")
-    assert not [line.getMessage() for line in lines if line.levelno >= logging.ERROR and line.name != access]
-    assert not [line.exc_text or line.exc_info for line in lines if line.exc_info]
 
 
 # Upgrades
@@ -285,61 +210,3 @@ def test_who_sends_ahead_without_end_is_cut_off(fresh: Callable[..., Any], log: 
         assert 100_000 < sent < 10_000_000
         until(lambda: server.serving.unfinished == 0)
         until(lambda: log("status") == [499])
-
-
-# Shutting down
-
-
-def test_bodies_that_are_still_coming_get_a_503_when_the_server_stops(
-    fresh: Callable[..., Any], log: Callable[[str], list[Any]]
-) -> None:
-    with fresh() as server:
-        slow = [connect(server) for _ in range(3)]
-        for number, raw in enumerate(slow):
-            raw.sendall(request(SHORT)[: -5 * number - 1] if number else chunked() + b"1\r\n{\r\n")
-        until(lambda: len(server.serving.bodies) == 3)
-        server.stop()
-        began = time.monotonic()
-        for raw in slow:
-            status, said = refusal(reply(raw))
-            assert status == 503
-            assert "shutting down" in said
-            assert closed(raw)
-            raw.close()
-    assert time.monotonic() - began < 2
-    assert log("status") == [503] * 3
-
-
-def test_to_end_at_once_is_to_tell_everyone(fresh: Callable[..., Any], log: Callable[[str], list[Any]]) -> None:
-    with fresh() as server, connect(server) as whole, connect(server) as stream, connect(server) as slow:
-        whole.sendall(request(LONG))
-        stream.sendall(request({**LONG, "stream": True}))
-        slow.sendall(request(SHORT)[:-5])
-        until(lambda: server.serving.unfinished == 8)
-        server.stop()
-        server.stop(at_once=True)
-        began = time.monotonic()
-        for raw in (whole, slow):
-            assert refusal(reply(raw))[0] == 503
-        text = stream.makefile("rb").read()
-        assert b'"code":503' in text
-        assert b"[DONE]" in text
-        assert time.monotonic() - began < 2
-    assert sorted(log("status")) == [200, 503, 503]
-
-
-def test_a_client_that_does_not_read_does_not_hold_up_the_end(
-    fresh: Callable[..., Any], log: Callable[[str], list[Any]]
-) -> None:
-    # Megabytes: more than the sockets between them hold.
-    asked = {"prompt": [5] * 900, "max_tokens": 4, "ignore_eos": True, "logprobs": 20, "n": 16, "stream": True}
-    with socket.socket() as raw:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        with fresh(shutdown_timeout=0.5) as server:
-            raw.connect(server.address)
-            raw.sendall(request({**asked, "echo": True}))
-            until(lambda: server.serving.unfinished == 16)
-            until(lambda: server.serving.unfinished == 0, 60)
-            began = time.monotonic()
-        assert time.monotonic() - began < 5
-    assert log("status") == [499]
