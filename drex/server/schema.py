@@ -19,6 +19,8 @@ from drex.request import MAX_LOGPROBS
 INT64 = 2**63
 MAX_STOPS, MAX_STOP_LENGTH, MAX_BIASES, MAX_SAMPLES = 32, 1000, 300, 128
 """What costs time for every token is bounded: stop strings and their length, biased tokens; and samples of a prompt."""
+MAX_PROMPTS = 2**16
+"""Of a body: more than any queue takes, and few enough to be looked at before they are counted against it."""
 TOKEN_IDS = r"^[0-9]{1,9}$"
 NO_LIMIT = -1
 """As `max_tokens`, from front ends: as many as there is room for."""
@@ -190,10 +192,13 @@ class CompletionRequest(Generation):
 
     prompt: (
         str
-        | Annotated[list[str], Field(fail_fast=True)]
+        | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
         | TokenIds
-        | Annotated[list[Annotated[TokenIds, Yielding]], Field(fail_fast=True)]
-    ) = Field(description="a string, a list of strings, a list of token ids, or a list of lists of token ids")
+        | Annotated[list[Annotated[TokenIds, Yielding]], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+    ) = Field(
+        description="a string, a list of strings, a list of token ids, or a list of lists of token ids; "
+        f"at most {MAX_PROMPTS} prompts"
+    )
     echo: bool | None = Field(None, description="the prompt before the completion, with its log-probabilities")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = Field(None, description="only as many as n")

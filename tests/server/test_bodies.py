@@ -17,7 +17,7 @@ from drex.server import bodies
 from drex.server.bodies import LARGE_BODY, MAX_MEMBERS, parse_body
 from drex.server.errors import ApiError
 from drex.server.run import Server
-from drex.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from drex.server.schema import MAX_PROMPTS, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 MODELS = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
@@ -89,10 +89,11 @@ def test_objects_have_a_bounded_number_of_members(base: str, start: str) -> None
 
 def test_four_megabytes_of_errors_are_refused_at_once(base: str) -> None:
     # Once 11 s and 2.7 GB, and a half a minute and 6 GB.
-    for value in ('"a",' * 1_048_000 + "1", "[]," * 1_390_000 + "[]"):
+    for value in ('"a",' * 1_048_000 + "1", "[]," * 1_390_000 + "[]", "[1]," * 1_000_000 + "[1]"):
         reply = httpx.post(f"{base}/v1/completions", content=f'{{"prompt":[{value}]}}', headers=JSON, timeout=60)
         assert reply.status_code == 400
         assert reply.json()["error"]["param"] == "prompt"
+        assert f"at most {MAX_PROMPTS} prompts" in reply.json()["error"]["message"]
         assert reply.elapsed.total_seconds() < 5
 
 
