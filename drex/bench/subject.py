@@ -17,7 +17,7 @@ from drex.checkpoint import KV_FILLS, ExitSpec
 from drex.compute.decoder import Decoder, LayerWeights
 from drex.compute.device import has_fast_bfloat16
 from drex.compute.heads import ExitHead
-from drex.compute.linear import linear
+from drex.compute.linear import Products
 from drex.compute.load import LoadedModel, inspect_model, load_model, pick_device, request_length
 from drex.compute.segments import SegmentRunner
 from drex.compute.spec import ModelSpec
@@ -150,6 +150,7 @@ def synthetic(
 
 
 def _random_decoder(shape: Shape, length: int, device: torch.device, dtype: torch.dtype) -> Decoder:
+    products = Products(device, dtype)
     config = LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -174,13 +175,13 @@ def _random_decoder(shape: Shape, length: int, device: torch.device, dtype: torc
     def layer() -> LayerWeights:
         return LayerWeights(
             attention_norm=ones(),
-            qkv=linear(matrix(both, shape.hidden)),
+            qkv=products.linear(matrix(both, shape.hidden)),
             q_norm=None,
             k_norm=None,
-            out=linear(matrix(shape.hidden, query)),
+            out=products.linear(matrix(shape.hidden, query)),
             mlp_norm=ones(),
-            gate_up=linear(matrix(2 * shape.intermediate, shape.hidden)),
-            down=linear(matrix(shape.hidden, shape.intermediate)),
+            gate_up=products.linear(matrix(2 * shape.intermediate, shape.hidden)),
+            down=products.linear(matrix(shape.hidden, shape.intermediate)),
         )
 
     layers = []
@@ -190,7 +191,7 @@ def _random_decoder(shape: Shape, length: int, device: torch.device, dtype: torc
             progress.advance()
     embedding = matrix(shape.vocab, shape.hidden)
     lm_head = embedding if shape.tied else matrix(shape.vocab, shape.hidden)
-    return Decoder(ModelSpec.from_hf(config, frozenset()), embedding, layers, ones(), linear(lm_head))
+    return Decoder(ModelSpec.from_hf(config, frozenset()), embedding, layers, ones(), products.linear(lm_head))
 
 
 def prompts_in(path: str | Path) -> list[str | list[int]]:

@@ -16,7 +16,7 @@ from drex.checkpoint import ExitSpec
 from drex.compute.decoder import Decoder, LayerWeights
 from drex.compute.device import memory_bytes
 from drex.compute.heads import ExitHead
-from drex.compute.linear import Linear, can_pack, linear, pack_inside
+from drex.compute.linear import Linear, Products
 from drex.compute.spec import ModelSpec
 from drex.compute.weight_files import TensorFiles
 
@@ -41,7 +41,8 @@ def load_decoder(folder: Path, spec: ModelSpec, device: torch.device, dtype: tor
     # What is packed is read into one buffer. Of packed weights a good part is never touched, and takes no memory as
     # long as it isn't where another weight has been.
     largest = max((heads + 2 * kv) * hidden, 2 * spec.intermediate_size * hidden, spec.vocab_size * hidden)
-    buffer = torch.empty(largest, device=device, dtype=dtype) if can_pack(device, dtype) else None
+    products = Products(device, dtype)
+    buffer = torch.empty(largest, device=device, dtype=dtype) if products.packs else None
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(*shape, device=device, dtype=dtype)
@@ -64,7 +65,7 @@ def load_decoder(folder: Path, spec: ModelSpec, device: torch.device, dtype: tor
     def product(prefix: str, parts: dict[str, int], columns: int, *, biased: bool = False) -> Linear:
         rows = sum(parts.values())
         bias = stacked(empty(rows), prefix, parts, "bias") if biased else None
-        return linear(stacked(room(rows, columns), prefix, parts, "weight"), bias)
+        return products.linear(stacked(room(rows, columns), prefix, parts, "weight"), bias)
 
     layers = []
     for number in range(spec.num_layers):
@@ -91,7 +92,7 @@ def load_decoder(folder: Path, spec: ModelSpec, device: torch.device, dtype: tor
             head = embedding
         else:
             log.warning("config.json ties the head to the embedding, but the weights have another head, which is used")
-    decoder = Decoder(spec, embedding, layers, one("model.norm.weight", hidden), linear(head))
+    decoder = Decoder(spec, embedding, layers, one("model.norm.weight", hidden), products.linear(head))
     unread = [name for name in files.unread if not NOT_WEIGHTS.search(name)]
     if unread:
         log.warning("%d tensors of the weights were not used, such as %s", len(unread), unread[0])
@@ -116,7 +117,7 @@ def load_exit_head(
         for name, parameter in head.named_parameters():
             files.read(f"{prefix}.{name}", parameter.shape, parameter)
     head.requires_grad_(False)
-    pack_inside(head)
+    Products(device, dtype).pack_inside(head)
     if f"{prefix}.probe.weight" not in files:
         return head, None
     weight = torch.empty(2, spec.hidden_size, device=device, dtype=dtype)

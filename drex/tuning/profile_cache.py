@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 MEASURE, MEASURED, NOMINAL = "measure", "measured", "nominal"
 """Choices beside a profile and its file: measure now; the kept one, or else measure now; a made-up machine."""
 FRESH_SECONDS = 30 * 86_400.0
-REVISION = 4
+REVISION = 5
 """Raised whenever a change of drex makes passes cost something else."""
 
 
