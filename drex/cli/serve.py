@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from drex.llm import LLM
 
 MOST_PORT = 2**16 - 1
+ONEDNN_PRIMITIVES = 128
+"""Compiled products that oneDNN keeps, one for each number of rows and shape of a weight. Its own default is 1024, which
+fill up slowly, by some 0.3 MB each, while a server runs."""
 LIBRARIES = ("fastapi", "uvicorn", "uvloop", "h11", "prometheus_client")
 
 
@@ -93,6 +97,8 @@ def serve(
     check_above_zero(gpu_memory_utilization=gpu_memory_utilization)
     check_share(gpu_memory_utilization=gpu_memory_utilization)
     template = None if chat_template is None else _read_template(chat_template)
+    # Read when oneDNN multiplies first.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_PRIMITIVES))
     from drex.compute.load import BUNDLED
     from drex.llm import LLM
     from drex.server.listening import bound
