@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 MOST_PORT = 2**16 - 1
 ONEDNN_PRIMITIVES = 128
-"""Compiled products that oneDNN keeps, one for each number of rows and shape of a weight. By itself it keeps 1024, which
-come together slowly, at some 0.3 MB each, while a server runs."""
+"""Compiled products that oneDNN keeps, one for each number of rows and shape of a weight. By itself it keeps 1024,
+which come together slowly, at some 0.3 MB each, while a server runs."""
 LIBRARIES = ("fastapi", "uvicorn", "uvloop", "h11", "prometheus_client")
 
 
