@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -84,6 +85,16 @@ def unmeasured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr("drex.llm.obtain", lambda asked, *rest: obtain("nominal" if asked is None else asked, *rest))
         patch.setattr(TorchExecutor, "now", lambda self: next(looks) * 1e-3)
         yield
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """A command that sets up logging in this process keeps no later test from seeing what is logged."""
+    loggers = [logging.getLogger(name) for name in (None, "drex", "uvicorn", "uvicorn.error", "uvicorn.access")]
+    before = [(logger.handlers[:], logger.level, logger.propagate, logger.disabled) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate, disabled) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.level, logger.propagate, logger.disabled = handlers, level, propagate, disabled
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_refuse_a_length_that_the_model_does_not_have(windowed: Path, command: str) -> None:
     words = [str(windowed) if word == "MODEL" else word for word in COMMANDS[command]]
-    for length, said in (("17", "looks back 16 tokens"), ("65", "at most 64 tokens"), ("0", "max_model_len is 0")):
+    for length, said in (("17", "looks back 16 tokens"), ("65", "at most 64 tokens"), ("0", "is 0: give")):
         done = CliRunner().invoke(app, [command, *words, "--max-model-len", length])
         assert isinstance(done.exception, ValueError), done.output
         assert said in str(done.exception)
