@@ -220,6 +220,28 @@ def test_a_text_goes_on_when_the_end_that_it_ran_ahead_to_was_taken_back() -> No
     assert each.finish_reason is FinishReason.LENGTH
 
 
+def test_no_row_runs_behind_a_held_token_that_would_end_the_text() -> None:
+    """Be it an end token, or the last that the request may have."""
+    scheduler = make_scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=400), SlotLayout((2, 2)), "recompute")
+    scheduler.policy = ShallowFirst(scheduler.config, scheduler.cost, "recompute")
+    for number in range(12):
+        scheduler.add(asked(number, 3, 6 + number, 2, "trusted", frozenset(range(EOS, 9))), 0.0)
+    machine, ahead = Speaker(0.0), Counter[str]()
+    while (batch := scheduler.next(machine.now)) is not None:
+        for each in (scheduler.seats[seat] for seat in scheduler.work(batch).spans.tolist()):
+            number = len(each.context) - len(each.prompt)
+            if batch.segment == 0 and number:
+                assert number < each.max_tokens
+                assert not each.ends(each.context[-1], number)
+        machine.finish(scheduler, batch)
+        for each in (each for each in scheduler.admission.running if each.ahead):
+            number = len(each.context) - len(each.prompt)
+            ahead["end"] += each.ends(each.context[-1], number)
+            ahead["most"] += number == each.max_tokens
+    assert ahead["end"] > 0
+    assert ahead["most"] > 0
+
+
 # Acceptance
 
 
