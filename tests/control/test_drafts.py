@@ -236,8 +236,10 @@ def test_no_row_runs_behind_a_held_token_that_would_end_the_text() -> None:
         machine.finish(scheduler, batch)
         for each in (each for each in scheduler.admission.running if each.ahead):
             number = len(each.context) - len(each.prompt)
-            ahead["end"] += each.ends(each.context[-1], number)
-            ahead["most"] += number == each.max_tokens
+            end, most = each.ends(each.context[-1], number), number == each.max_tokens
+            ahead.update({"end": end, "most": most})
+            # Where an exit is not sure of it, it is of no use.
+            assert each.ahead[-1].record is not None or not (end or most)
     assert ahead["end"] > 0
     assert ahead["most"] > 0
 
@@ -310,6 +312,28 @@ def test_what_becomes_of_rows_on_several_tokens_makes_up_for_chances_that_are_wr
     assert compounding.chance(1, 0.6) == 1.0
 
 
+@pytest.mark.parametrize("second", [11, 12], ids=["agrees", "differs"])
+def test_a_tentative_token_counts_as_accepted_once_when_it_is_decided(second: int) -> None:
+    """An exit that is not sure either decides nothing; where it says something else, that is what is verified."""
+    scheduler = make_scheduler(EngineConfig(64, 2, 64, kv_cache_tokens=80), SlotLayout((1, 1, 1)), "recompute")
+    scheduler.policy = ShallowFirst(scheduler.config, scheduler.cost, "recompute")
+    each, observed = asked(0, 2, 4, 3, "trusted"), []
+    observe = scheduler.drafts.acceptance.observe
+
+    def told(exit_index: int, confidence: float, right: bool) -> None:
+        observed.append((exit_index, confidence, right))
+        observe(exit_index, confidence, right)
+
+    scheduler.drafts.acceptance.observe = told  # type: ignore[method-assign]
+    scheduler.add(each, 0.0)
+    drain(scheduler, Scripted({(2, 0): (11, 0.3), (2, 1): (second, 0.4), (2, 2): (second, 0.9)}))
+    assert each.tokens[2:] == [9, second, 9, 9]
+    assert observed == ([(0, 0.3, True)] if second == 11 else [(1, 0.4, True)])
+    report = scheduler.drafts.report()
+    assert (report["verified"], report["accepted"]) == (1, 1)
+    assert report["drafted"] == (1 if second == 11 else 2)
+
+
 @pytest.mark.parametrize("mode", ["trusted", "lossless"])
 def test_rows_that_stand_on_others_are_as_often_right_as_they_are_said_to_be(mode: str) -> None:
     scheduler = make_scheduler(EngineConfig(1024, 4, 64, 8000, max_wait_passes=100), SlotLayout((2, 2)), "recompute")
@@ -327,6 +351,7 @@ def test_rows_that_stand_on_others_are_as_often_right_as_they_are_said_to_be(mod
     drain(scheduler, machine)
     chances, right = np.array(said[len(said) // 2 :]).T
     assert len(chances) > 500
+    assert 0.1 < right.mean() < 0.9
     assert chances.mean() == pytest.approx(right.mean(), abs=0.04)
 
 

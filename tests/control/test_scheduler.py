@@ -113,6 +113,52 @@ def test_a_request_that_could_never_fit_is_refused_by_name_of_the_remedy() -> No
     drain(scheduler, Machine(0.5))
 
 
+def test_the_longest_request_that_may_be_is_served_and_the_next_longer_one_refused() -> None:
+    scheduler = make_scheduler(EngineConfig(10, 4, 64, kv_cache_tokens=40), SlotLayout((2, 2)), "recompute")
+    with pytest.raises(ValueError, match="raise max_model_len"):
+        scheduler.add(request(0, 6, 6, 2), 0.0)
+    longest = request(1, 6, 5, 2)  # the last token is never run
+    scheduler.add(longest, 0.0)
+    drain(scheduler, Machine(0.5))
+    assert longest.num_output == 5
+
+
+@pytest.mark.parametrize(("prompt", "fits"), [(5, True), (6, False)])
+def test_a_request_is_admitted_where_everyones_next_token_fits_beside_it(prompt: int, fits: bool) -> None:
+    scheduler = make_scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=10), SlotLayout((2, 2)), "recompute")
+    for each in (request(0, 4, 6, 2), request(1, prompt, 2, 2)):
+        scheduler.add(each, 0.0)
+        scheduler.admission.admit()
+    assert len(scheduler.admission.running) == (2 if fits else 1)
+
+
+def test_a_request_that_loses_its_kv_before_its_last_token_is_recorded_keeps_that_token() -> None:
+    """Where passes overlap, the next one is planned before what the last one decided is written."""
+    scheduler = make_scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=15), SlotLayout((2, 2)), "recompute")
+    requests = [request(number, 4, 11, 2) for number in range(3)]
+    for each in requests:
+        scheduler.add(each, 0.0)
+    machine, unwritten = Machine(0.5), 0
+    batch = scheduler.next(machine.now)
+    for _ in range(500):
+        if batch is None:
+            break
+        machine.now += 1e-3
+        scheduler.commit(batch, machine.execute(batch), machine.now)
+        before, running = scheduler.admission.preemptions, list(scheduler.seats)
+        known = {each: len(each.records) for each in running}
+        following = scheduler.next(machine.now)
+        lost = [each for each in running if each.seat is None and each.finish_reason is None]
+        assert len(lost) == scheduler.admission.preemptions - before
+        unwritten += sum(len(each.records) > known[each] for each in lost)
+        scheduler.record(batch)
+        scheduler.took(batch, 1e-3)
+        assert all(each.context == each.tokens for each in requests)
+        batch = following
+    assert unwritten > 0, "whoever was preempted had nothing to be written"
+    assert all(each.num_output == 11 for each in requests)
+
+
 def test_outstanding_rows_are_neither_selected_again_nor_freed_by_an_abort() -> None:
     scheduler = make_scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=40), SlotLayout((2, 2)), "recompute")
     first, second = request(0, 3, 5, 2), request(1, 3, 5, 2)

@@ -81,3 +81,21 @@ def test_decode_rows_and_prompts_share_the_rows_of_a_pass(scheduler: Scheduler) 
     stand = standing(ready=2, urgent=2)
     stand.pending[0, 4:] = 4
     assert picked(scheduler, Choice(0, ready=2), stand) == [(0, 1), (1, 1), (5, 1)]
+
+
+@pytest.mark.parametrize("left", [3, 4, 9])
+def test_decode_rows_and_prompts_share_the_arena_rows_and_slots_that_are_left(left: int) -> None:
+    made = make_scheduler(EngineConfig(64, 6, 64, kv_cache_tokens=60), SlotLayout((2, 2)), "recompute")
+    for number in range(4):
+        made.add(request(number, 4, 8, 2), 0.0)
+        made.admission.admit()
+    stand = standing(ready=2, urgent=3)
+    stand.pending[0, 3:] = 4
+    made.arena.free = left
+    expected = [(0, 1), (1, 1), (3, min(4, left - 2))]
+    stand.urgent[0] = np.array([3])
+    assert picked(made, Choice(0, ready=2), stand) == expected
+    # The prompt's slots are claimed already; of the decode rows only as many go as there are slots for.
+    made.pool.claimed = made.pool.capacity - 4
+    made.seats.reached[1, :2] = made.seats.claimed_length[:2] = 5
+    assert picked(made, Choice(0, ready=2), stand) == [(0, 1), (3, min(4, left - 1))]
