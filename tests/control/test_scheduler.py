@@ -192,6 +192,20 @@ def test_a_failed_pass_ends_its_requests_and_no_others() -> None:
     assert second.finish_reason is FinishReason.LENGTH
 
 
+def test_who_was_to_be_aborted_when_a_pass_failed_is_aborted() -> None:
+    scheduler = make_scheduler(EngineConfig(64, 2, 64, kv_cache_tokens=40), SlotLayout((2, 2)), "recompute")
+    first, second = request(0, 3, 5, 2), request(1, 3, 5, 2)
+    scheduler.add(first, 0.0)
+    scheduler.add(second, 0.0)
+    batch = scheduler.next(0.0)
+    assert batch is not None
+    scheduler.finish(first.request_id, FinishReason.ABORT)
+    assert set(Machine(0.5).finish(scheduler, batch, PassResult(None, RuntimeError("broken")))) == {first, second}
+    assert (first.finish_reason, first.error) == (FinishReason.ABORT, None)
+    assert (second.finish_reason, second.error) == (FinishReason.ERROR, "RuntimeError: broken")
+    assert scheduler.pool.in_use == 0
+
+
 def test_owed_fills_are_bounded() -> None:
     config = EngineConfig(64, 4, 64, kv_cache_tokens=200, max_fill_rows=6)
     scheduler = make_scheduler(config, SlotLayout((2, 2)), "recompute")
