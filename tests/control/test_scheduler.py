@@ -13,6 +13,7 @@ from drex.config import POLICIES, EngineConfig
 from drex.control.plan import PassResult
 from drex.control.profile import Curve, Profile, SegmentCost
 from drex.control.slots import SlotLayout
+from drex.control.standing import Standing
 from drex.request import FinishReason
 
 
@@ -206,8 +207,44 @@ def test_who_was_to_be_aborted_when_a_pass_failed_is_aborted() -> None:
     assert scheduler.pool.in_use == 0
 
 
-def test_owed_fills_are_bounded() -> None:
-    config = EngineConfig(64, 4, 64, kv_cache_tokens=200, max_fill_rows=6)
+@pytest.mark.parametrize(("fewest", "outputs"), [(0, 1), (1, 1), (4, 4), (9, 9)])
+def test_an_end_token_ends_the_text_from_the_fewest_tokens_on(fewest: int, outputs: int) -> None:
+    scheduler = make_scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=80), SlotLayout((2, 2)), "recompute")
+    each = request(0, 3, 9, 2, eos=frozenset({5}), min_tokens=fewest)  # every token is 5
+    scheduler.add(each, 0.0)
+    drain(scheduler, Machine(0.5))
+    assert each.num_output == outputs
+    assert each.finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.8])
+def test_what_is_owed_at_a_segment_is_what_is_decided_and_has_no_keys_and_values_there(rate: float) -> None:
+    scheduler = make_scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=400), SlotLayout((1, 3, 2)), "recompute")
+    for number in range(6):
+        scheduler.add(request(number, 3 + number, 20, 3), 0.0)
+    machine, seats, owing = Machine(rate), scheduler.seats, 0
+    while machine.run(scheduler) is not None:
+        found = Standing.of(seats)
+        for segment in (1, 2):
+            decoding = [
+                each for each in seats if each.num_output and seats.reached[1, each.seat] >= len(each.tokens) - 1
+            ]
+            behind = {
+                each.seat: sum(
+                    position < len(each.tokens) - 1
+                    for position in range(seats.reached[segment + 1, each.seat], seats.reached[segment, each.seat])
+                )
+                for each in decoding
+            }
+            assert found.owed[segment] == sum(behind.values())
+            assert found.fills(segment) == sum(behind[seat] for seat in found.buffers[segment].tolist())
+            owing += found.owed[segment] > found.fills(segment) > 0
+    assert owing > 0
+
+
+@pytest.mark.parametrize(("bound", "largest"), [(6, 8), (7, 8), (8, 12)])
+def test_owed_fills_are_bounded(bound: int, largest: int) -> None:
+    config = EngineConfig(64, 4, 64, kv_cache_tokens=200, max_fill_rows=bound)
     scheduler = make_scheduler(config, SlotLayout((2, 2)), "recompute")
     for i in range(4):
         scheduler.add(request(i, 2, 40, 2), 0.0)
@@ -218,8 +255,27 @@ def test_owed_fills_are_bounded() -> None:
             int(frontiers[0, r.seat] - frontiers[1, r.seat]) for r in scheduler.admission.running if r.num_output
         )
         most = max(most, owed)
-    # One pass over segment 0 may take it past the bound by a row a request.
-    assert 6 <= most <= 6 + 4
+    # Each pass over segment 0 brings a row a request; what is just at the bound may stay.
+    assert most == largest
+
+
+def test_a_row_has_waited_since_it_came_to_where_it_waits_whatever_else_of_its_request_runs() -> None:
+    config = EngineConfig(64, 4, 64, kv_cache_tokens=400, max_fill_rows=3)
+    scheduler = make_scheduler(config, SlotLayout((1, 3, 2)), "recompute")
+    for number in range(6):
+        scheduler.add(request(number, 3, 30, 3), 0.0)
+    machine, seats = Machine(0.7), scheduler.seats
+    known: dict[str, tuple[tuple[int, int], int]] = {}
+    while machine.run(scheduler) is not None:
+        for each in seats:
+            if not each.num_output:
+                continue
+            # How many tokens are settled, and how many segments the row behind them has passed.
+            settled = len(each.tokens)
+            stands = settled, int((seats.reached[1:, each.seat] >= settled).sum())
+            if known.get(each.request_id, (None,))[0] != stands:
+                known[each.request_id] = stands, scheduler.passes
+            assert seats.since[each.seat] == known[each.request_id][1]
 
 
 @pytest.mark.parametrize(
