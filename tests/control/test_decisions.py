@@ -157,7 +157,8 @@ def test_nothing_of_a_row_that_was_taken_back_is_left_when_it_runs_again() -> No
     class Fitful(Drex):
         resting = property(lambda self: self._asked % 5 < 2)  # type: ignore[assignment]
 
-    scheduler, unasked = make(), {}
+    # Two seats, so that a request sits where another has sat.
+    scheduler, unasked = make(max_num_seqs=2), {}
     scheduler.policy = Fitful(scheduler.config, scheduler.cost, "recompute")
     requests = [asked(i, 2 + i, 30, 3, "trusted", frozenset()) for i in range(4)]
     for each in requests:
@@ -185,6 +186,19 @@ def test_nothing_of_a_row_that_was_taken_back_is_left_when_it_runs_again() -> No
             if unasked[each.request_id, len(each.prompt) + number - 1]:
                 assert record.depth == 3
                 assert record.checks == ()
+
+
+def test_exits_that_agree_on_a_scored_prompt_row_are_counted_though_tokens_go_by_another_measure() -> None:
+    scheduler, runs = make(), set()
+    each = replace(asked(0, 20, 3, 3, "off", frozenset()), score_rule=ExitRule("patience", (0.5, 0.5)))
+
+    def look(batch: Pass) -> None:
+        said = batch.evaluations
+        runs.update((batch.segment, int(said.agreeing[1, number])) for number in said.targets)
+
+    ended(scheduler, Machine(0.3), [each], look)
+    # As many exits as have been asked before; here each of them says the same.
+    assert {(0, 0), (1, 1), (2, 1)} == runs
 
 
 class BreaksFirst(Machine):
