@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +22,14 @@ LENGTHS = (1, 3, 2)
 MODES = ["off", "trusted", "lossless", "trusted", "off"]
 
 
-def make(fill: str = "recompute", **changes: object) -> Scheduler:
+def make(fill: str = "recompute", **changes: Any) -> Scheduler:
     settings = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "kv_cache_tokens": 400} | changes
-    return make_scheduler(EngineConfig(64, **settings), SlotLayout(LENGTHS), fill)  # type: ignore[arg-type]
+    return make_scheduler(EngineConfig(64, **settings), SlotLayout(LENGTHS), fill)
 
 
-def ended(scheduler: Scheduler, machine: Machine, requests: list[Request], look: object = None) -> None:
+def ended(
+    scheduler: Scheduler, machine: Machine, requests: list[Request], look: Callable[[Pass], None] | None = None
+) -> None:
     """Serve requests to their end; `look` is called with each pass that is planned."""
     for each in requests:
         scheduler.add(each, 0.0)
@@ -34,7 +38,7 @@ def ended(scheduler: Scheduler, machine: Machine, requests: list[Request], look:
         if batch is None:
             break
         if look is not None:
-            look(batch)  # type: ignore[operator]
+            look(batch)
         machine.finish(scheduler, batch)
         scheduler.check_integrity()
     assert all(each.finish_reason is not None for each in requests)
