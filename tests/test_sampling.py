@@ -274,6 +274,20 @@ def test_noise_depends_on_each_of_its_inputs_and_on_nothing_else():
         assert not torch.isclose(base, gumbel(mix(*other), 50, CPU)).any()
 
 
+def test_noise_is_made_of_the_published_outputs_of_splitmix64():
+    """Those of seed 1234567, one a token: a seed means the same tokens in any version, and in Triton's kernel."""
+    outputs = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    expected = [-math.log(-math.log(((output >> 12) + 0.5) / 2**52)) for output in outputs]
+    [noise] = gumbel(np.array([1234567], dtype=np.uint64), len(outputs), CPU).tolist()
+    assert noise == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("bits", [0, 2**64 - 1], ids=["lowest", "highest"])
 def test_noise_is_finite_at_its_extremes(bits):
     """The keys that give the first token the lowest and the highest number, by inverting the mixing function."""

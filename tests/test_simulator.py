@@ -455,6 +455,23 @@ def test_goodput_is_the_share_of_promises_that_were_kept_in_full() -> None:
     assert metrics.summary()["goodput"] == pytest.approx(4 / 9)
 
 
+def test_a_target_that_is_met_exactly_is_met() -> None:
+    metrics = Metrics()
+    for number, targets in enumerate(({"ttft_ms": 1000.0}, {"tpot_ms": 250.0}, {"itl_ms": 250.0})):
+        finished(number, 0.0, [1.0, 1.25, 1.5], metrics, **targets)
+    assert (metrics.promised, metrics.good) == (3, 3)
+
+
+def test_what_is_trimmed_is_the_oldest() -> None:
+    metrics = Metrics()
+    for number in range(30):
+        finished(number, 0.0, [float(number + 1), number + 1.25], metrics)
+        metrics.trim(10)
+        assert len(metrics.times("ttft")) <= 20
+    assert list(metrics.times("ttft"))[-10:] == [float(number + 1) for number in range(20, 30)]
+    assert metrics.summary()["requests"] == 30
+
+
 def test_requests_that_were_ended_early_count_by_reason_and_not_in_times() -> None:
     metrics = Metrics()
     finished(0, 0.0, [1.0, 2.0], metrics)
@@ -492,6 +509,16 @@ def test_exits_and_what_was_involuntary_are_counted_from_the_records() -> None:
     assert dict(metrics.checks) == {0: 7, 1: 5}
     assert dict(metrics.reached) == {0: 3, 1: 3}
     assert sorted(metrics.exited_confidences) == [0.1, 0.1, 0.9, 0.9, 0.9]
+
+
+def test_a_confidence_that_just_reaches_the_threshold_counts_as_reached_and_as_a_reason_to_exit() -> None:
+    metrics = Metrics()
+    each = Request("r", (1, 2), SamplingParams(max_tokens=9), ExitRule("max_prob", (0.5,)), 0, frozenset(), 2)
+    for depth, checks in ((2, ()), (1, (ExitCheck(0, 0.5, 0.5),)), (2, (ExitCheck(0, 0.5, 0.5),))):
+        each.take(TokenRecord(5, -1.0, depth, 1.0, checks, ()))
+    metrics.ended(each, FinishReason.ABORT, 2.0)
+    assert dict(metrics.reached) == {0: 2}
+    assert (metrics.involuntary_exits, metrics.involuntary_stays) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -568,6 +595,24 @@ def test_what_metrics_say_of_a_run_is_what_was_emitted() -> None:
     assert summary["rct_ms"] == pytest.approx(quantiles([came[n][-1] - made[n].arrived_at for n in made]))
     assert engine.stats.tokens == engine.metrics.tokens == sum(map(len, came.values()))
     assert engine.stats.passes == engine.scheduler.passes
+
+
+def test_aborted_requests_and_the_most_slots_ever_held_are_counted() -> None:
+    engine, most = make_engine(virtual()), 0
+    made = [each for _, each in requests([Job(5, 12)] * 4)]
+    for each in made:
+        engine.add(each)
+    while engine.busy:
+        engine.step()
+        most = max(most, engine.scheduler.pool.in_use)
+        if made[1].num_output == 5 and engine.knows(made[1].request_id):
+            engine.abort(made[1].request_id)
+    assert dict(engine.metrics.finished) == {"length": 3, "abort": 1}
+    assert engine.metrics.tokens == engine.stats.tokens == 3 * 12 + 5
+    # All but the last token of each request are held when it ends, in the pass that ends it, at the latest.
+    assert engine.scheduler.pool.in_use == 0
+    assert most <= engine.stats.peak_slots <= 4 * (5 + 12) * 4
+    assert engine.stats.peak_slots > 0
 
 
 def test_history_has_every_pass_and_what_it_was_chosen_from() -> None:

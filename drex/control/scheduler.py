@@ -291,8 +291,8 @@ class Scheduler:
         for request, _ in written:
             self._emitted(request, request.tokens[-1], request.num_output, now, full_step)
         work.touched = [*decided.requests[:live], *(request for request, _ in written)]
-        # The first token of a request comes from its prompt.
-        work.decided = live - int((counts == 1).sum()) + sum(n - (n == r.num_output) for r, n in written)
+        # The first token of a request comes from its prompt; what stands on others never is the first.
+        work.decided = live - int((counts == 1).sum()) + sum(count for _, count in written)
 
     def _emitted(self, request: Request, token: int, number: int, now: float, full_step: float) -> None:
         """A request's token came, output `number`, perhaps after others."""

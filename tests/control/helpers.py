@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from drex.control.slots import SlotLayout
 from drex.control.standing import Standing
 from drex.request import Request, SamplingParams
 
+EOS = 3
 COUNTS = tuple(float(2**k) for k in range(13))
 
 
@@ -91,6 +93,60 @@ def made_up(asked: Evaluations, confidences: np.ndarray, exits: np.ndarray) -> V
     fives = np.full(len(asked), 5)
     agreeing = np.stack((fives, np.ones_like(fives)))
     return Verdicts(fives, np.full(len(asked), -1.0), confidences, exits, agreeing, {}, np.ones(len(asked), dtype=bool))
+
+
+def drawn(*facts: Any) -> float:
+    return random.Random("/".join(map(str, facts))).random()
+
+
+class Speaker(Machine):
+    """Heads that say tokens: the last one what is right; the exits that too, or something else.
+
+    What is said depends on the request, the position and the segment, so that the outcome is known beforehand.
+    """
+
+    wrong = 0.4
+
+    def confidence(self, name: str, position: int, segment: int) -> float:
+        return drawn("sure", name, position, segment)
+
+    def token(self, name: str, position: int, segment: int, segments: int) -> int:
+        right = 4 + int(40 * drawn("token", name, position))
+        if segment == segments - 1 or drawn("right", name, position, segment) >= self.wrong:
+            return EOS if drawn("end", name, position) < 0.02 else right
+        return 4 + int(40 * drawn("wrong", name, position, segment))
+
+    def execute(self, batch: Pass) -> PassResult:
+        last = batch.parts[-1]
+        asked, segment = last.evaluations, last.segment
+        where = [(d.request_id, p) for d, p in zip(asked.draws, asked.positions.tolist(), strict=True)]
+        sure = np.array([self.confidence(*each, segment) for each in where])
+        exits = sure >= asked.thresholds
+        said = made_up(asked, sure, exits)
+        tokens = np.array([self.token(*each, segment, self.segments) for each in where], dtype=np.int64)
+        return PassResult(said.__class__(tokens, said.logprobs, sure, exits, said.agreeing, {}, said.finite))
+
+    def expected(self, each: Request, lossless: bool) -> list[int]:
+        """What the request's tokens are to be, by the plain definition of early exit, or of full depth."""
+        out: list[int] = []
+        while len(out) < each.max_tokens and EOS not in out:
+            position = len(each.prompt) - 1 + len(out)
+            last = self.segments - 1
+            # The first token never exits early.
+            exits = range(0 if lossless or not out else last)
+            depth = next((s for s in exits if self.confidence(each.request_id, position, s) >= 0.5), last)
+            out.append(self.token(each.request_id, position, depth, self.segments))
+        return out
+
+    segments = 2
+
+
+def asked(
+    number: int, prompt: int, max_tokens: int, segments: int, mode: str, eos: frozenset[int] = frozenset({EOS})
+) -> Request:
+    each = request(number, prompt, max_tokens, segments, eos=eos)
+    each.run_ahead = mode
+    return each
 
 
 def names(batch: Pass, scheduler: Scheduler) -> list[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import Machine, drain, made_up, make_scheduler, profile, request
+from helpers import EOS, Machine, Speaker, asked, drain, made_up, make_scheduler, profile, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,71 +17,15 @@ from drex.control.acceptance import Acceptance, Compounding, isotonic
 from drex.control.cost import CostModel
 from drex.control.flush import FlushRule, Waiting
 from drex.control.plan import Pass, PassResult
-from drex.control.policies import Drex
+from drex.control.policies import Choice, Drex, Split, View
 from drex.control.rates import ExitRates
 from drex.control.scheduler import Scheduler
 from drex.control.slots import SlotLayout
-from drex.request import FinishReason, Request
+from drex.request import Ahead, FinishReason, Request
 from drex.sim.machines import MACHINES, machine_profile
 from drex.sim.shapes import SHAPES
 from drex.sim.simulate import Scenario, run
 from drex.sim.workload import Job
-
-EOS = 3
-
-
-def drawn(*facts: Any) -> float:
-    return random.Random("/".join(map(str, facts))).random()
-
-
-class Speaker(Machine):
-    """Heads that say tokens: the last one what is right; the exits that too, or something else.
-
-    What is said depends on the request, the position and the segment, so that the outcome is known beforehand.
-    """
-
-    wrong = 0.4
-
-    def confidence(self, name: str, position: int, segment: int) -> float:
-        return drawn("sure", name, position, segment)
-
-    def token(self, name: str, position: int, segment: int, segments: int) -> int:
-        right = 4 + int(40 * drawn("token", name, position))
-        if segment == segments - 1 or drawn("right", name, position, segment) >= self.wrong:
-            return EOS if drawn("end", name, position) < 0.02 else right
-        return 4 + int(40 * drawn("wrong", name, position, segment))
-
-    def execute(self, batch: Pass) -> PassResult:
-        last = batch.parts[-1]
-        asked, segment = last.evaluations, last.segment
-        where = [(d.request_id, p) for d, p in zip(asked.draws, asked.positions.tolist(), strict=True)]
-        sure = np.array([self.confidence(*each, segment) for each in where])
-        exits = sure >= asked.thresholds
-        said = made_up(asked, sure, exits)
-        tokens = np.array([self.token(*each, segment, self.segments) for each in where], dtype=np.int64)
-        return PassResult(said.__class__(tokens, said.logprobs, sure, exits, said.agreeing, {}, said.finite))
-
-    def expected(self, each: Request, lossless: bool) -> list[int]:
-        """What the request's tokens are to be, by the plain definition of early exit, or of full depth."""
-        out: list[int] = []
-        while len(out) < each.max_tokens and EOS not in out:
-            position = len(each.prompt) - 1 + len(out)
-            last = self.segments - 1
-            # The first token never exits early.
-            exits = range(0 if lossless or not out else last)
-            depth = next((s for s in exits if self.confidence(each.request_id, position, s) >= 0.5), last)
-            out.append(self.token(each.request_id, position, depth, self.segments))
-        return out
-
-    segments = 2
-
-
-def asked(
-    number: int, prompt: int, max_tokens: int, segments: int, mode: str, eos: frozenset[int] = frozenset({EOS})
-) -> Request:
-    each = request(number, prompt, max_tokens, segments, eos=eos)
-    each.run_ahead = mode
-    return each
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -145,7 +89,7 @@ def test_tokens_are_those_of_early_exit_or_of_full_depth_and_nothing_leaks(
             assert all(record.depth == len(lengths) and not record.checks for record in each.records)
 
 
-def checked_run(scheduler: Scheduler, machine: Machine) -> Pass | None:
+def checked_run(scheduler: Scheduler, machine: Speaker) -> Pass | None:
     batch = machine.run(scheduler)
     scheduler.check_integrity()
     return batch
@@ -208,6 +152,96 @@ def test_open_rows_are_capped() -> None:
     while machine.run(scheduler) is not None:
         seen.add(sum(entry.record is None for entry in each.ahead))
     assert max(seen) == 3
+
+
+def test_what_is_taken_back_is_what_went_ahead_and_was_not_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler(EngineConfig(128, 4, 64, 400, max_wait_passes=100), SlotLayout((2, 2)), "recompute")
+    drafts, counts = scheduler.drafts, Counter[str]()
+    append, settle = drafts._append, drafts.settle
+
+    def counted_append(each: Request, token: int, entry: Ahead) -> None:
+        counts["open" if entry.record is None else "held"] += 1
+        append(each, token, entry)
+
+    def counted_settle(each: Request) -> int:
+        count = settle(each)
+        counts["settled"] += count
+        return count
+
+    monkeypatch.setattr(drafts, "_append", counted_append)
+    monkeypatch.setattr(drafts, "settle", counted_settle)
+    for number in range(4):
+        scheduler.add(asked(number, 4, 40, 2, "trusted", frozenset()), 0.0)
+    drain(scheduler, Speaker(0.0))
+    assert counts["held"] > 10
+    assert drafts.drafted == counts["open"]
+    assert drafts.rolled_back == counts["open"] + counts["held"] - counts["settled"] > 10
+
+
+class ShallowFirst(Split):
+    """Runs ahead as far as it goes, then what stands deepest."""
+
+    def choose(self, view: View) -> Choice | None:
+        return Choice(0, view.ready) if view.ready or view.prompts else super().choose(view)
+
+
+class Scripted(Machine):
+    """Says (token, confidence) by position and segment; what is not in the script is token 9, for sure."""
+
+    def __init__(self, script: dict[tuple[int, int], tuple[int, float]]) -> None:
+        super().__init__(0.0)
+        self.script = script
+
+    def execute(self, batch: Pass) -> PassResult:
+        last = batch.parts[-1]
+        positions = last.evaluations.positions.tolist()
+        said = [self.script.get((position, last.segment), (9, 0.9)) for position in positions]
+        tokens, sure = (np.array(column) for column in zip(*said, strict=True)) if said else (positions, np.zeros(0))
+        verdicts = made_up(last.evaluations, sure, sure >= last.evaluations.thresholds)
+        return PassResult(replace(verdicts, tokens=np.array(tokens, dtype=np.int64)))
+
+
+def test_a_text_goes_on_when_the_end_that_it_ran_ahead_to_was_taken_back() -> None:
+    scheduler = make_scheduler(EngineConfig(64, 2, 64, kv_cache_tokens=80), SlotLayout((1, 1, 1)), "recompute")
+    scheduler.policy = ShallowFirst(scheduler.config, scheduler.cost, "recompute")
+    each = asked(0, 2, 6, 3, "trusted")
+    scheduler.add(each, 0.0)
+    # The row at 2 is not sure of 11, behind which the text ends for sure. The next exit would rather end it at once,
+    # not being sure either, so that nothing is taken in place of what it takes back. The last head says 12.
+    script = {(2, 0): (11, 0.4), (3, 0): (EOS, 0.9), (2, 1): (EOS, 0.4), (2, 2): (12, 0.9)}
+    machine = Scripted(script)
+    while (batch := machine.run(scheduler)) is not None:
+        scheduler.check_integrity()
+        if (3, 0) in script and batch.segment == 0 and batch.full.positions.tolist() == [3]:
+            # When the row runs again, it stands on another token.
+            del script[3, 0]
+    assert scheduler.drafts.rolled_back == 2
+    assert each.tokens[2:] == [9, 12, 9, 9, 9, 9]
+    assert each.finish_reason is FinishReason.LENGTH
+
+
+def test_no_row_runs_behind_a_held_token_that_would_end_the_text() -> None:
+    """Be it an end token, or the last that the request may have."""
+    scheduler = make_scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=400), SlotLayout((2, 2)), "recompute")
+    scheduler.policy = ShallowFirst(scheduler.config, scheduler.cost, "recompute")
+    for number in range(12):
+        scheduler.add(asked(number, 3, 6 + number, 2, "trusted", frozenset(range(EOS, 9))), 0.0)
+    machine, ahead = Speaker(0.0), Counter[str]()
+    while (batch := scheduler.next(machine.now)) is not None:
+        for each in (scheduler.seats[seat] for seat in scheduler.work(batch).spans.tolist()):
+            number = len(each.context) - len(each.prompt)
+            if batch.segment == 0 and number:
+                assert number < each.max_tokens
+                assert not each.ends(each.context[-1], number)
+        machine.finish(scheduler, batch)
+        for each in (each for each in scheduler.admission.running if each.ahead):
+            number = len(each.context) - len(each.prompt)
+            end, most = each.ends(each.context[-1], number), number == each.max_tokens
+            ahead.update({"end": end, "most": most})
+            # Where an exit is not sure of it, it is of no use.
+            assert each.ahead[-1].record is not None or not (end or most)
+    assert ahead["end"] > 0
+    assert ahead["most"] > 0
 
 
 # Acceptance
@@ -278,6 +312,28 @@ def test_what_becomes_of_rows_on_several_tokens_makes_up_for_chances_that_are_wr
     assert compounding.chance(1, 0.6) == 1.0
 
 
+@pytest.mark.parametrize("second", [11, 12], ids=["agrees", "differs"])
+def test_a_tentative_token_counts_as_accepted_once_when_it_is_decided(second: int) -> None:
+    """An exit that is not sure either decides nothing; where it says something else, that is what is verified."""
+    scheduler = make_scheduler(EngineConfig(64, 2, 64, kv_cache_tokens=80), SlotLayout((1, 1, 1)), "recompute")
+    scheduler.policy = ShallowFirst(scheduler.config, scheduler.cost, "recompute")
+    each, observed = asked(0, 2, 4, 3, "trusted"), []
+    observe = scheduler.drafts.acceptance.observe
+
+    def told(exit_index: int, confidence: float, right: bool) -> None:
+        observed.append((exit_index, confidence, right))
+        observe(exit_index, confidence, right)
+
+    scheduler.drafts.acceptance.observe = told  # type: ignore[method-assign]
+    scheduler.add(each, 0.0)
+    drain(scheduler, Scripted({(2, 0): (11, 0.3), (2, 1): (second, 0.4), (2, 2): (second, 0.9)}))
+    assert each.tokens[2:] == [9, second, 9, 9]
+    assert observed == ([(0, 0.3, True)] if second == 11 else [(1, 0.4, True)])
+    report = scheduler.drafts.report()
+    assert (report["verified"], report["accepted"]) == (1, 1)
+    assert report["drafted"] == (1 if second == 11 else 2)
+
+
 @pytest.mark.parametrize("mode", ["trusted", "lossless"])
 def test_rows_that_stand_on_others_are_as_often_right_as_they_are_said_to_be(mode: str) -> None:
     scheduler = make_scheduler(EngineConfig(1024, 4, 64, 8000, max_wait_passes=100), SlotLayout((2, 2)), "recompute")
@@ -295,6 +351,7 @@ def test_rows_that_stand_on_others_are_as_often_right_as_they_are_said_to_be(mod
     drain(scheduler, machine)
     chances, right = np.array(said[len(said) // 2 :]).T
     assert len(chances) > 500
+    assert 0.1 < right.mean() < 0.9
     assert chances.mean() == pytest.approx(right.mean(), abs=0.04)
 
 

@@ -66,3 +66,21 @@ def test_an_alias_is_the_slot_of_the_last_layer_that_its_token_executed() -> Non
                     assert set(slots[:, position].tolist()) == {last_plane + of_exit[-1]}
                     seen.add((segment, depth))
     assert seen == {(1, 1), (2, 1), (2, 2)}
+
+
+@pytest.mark.parametrize("fill", ["alias", "mask"])
+def test_tokens_that_exit_owe_nothing_deeper_where_fills_take_no_row(fill: str) -> None:
+    scheduler = make_scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=200), UNEQUAL, fill)
+    requests = [request(number, 3, 12 + number, 3) for number in range(4)]
+    for each in requests:
+        scheduler.add(each, 0.0)
+    # Every check exits at the first exit point, so that after the prompts nothing has to run behind it.
+    machine, segments = Machine(1.0), []
+    while (batch := machine.run(scheduler)) is not None:
+        segments += [batch.segment]
+        scheduler.check_integrity()
+        for each in scheduler.admission.running:
+            if each.num_output > 1:
+                assert scheduler.seats.reached[2:, each.seat].tolist() == [each.num_output + 2] * 2
+    assert segments == [0, 1, 2, *[0] * 14]
+    assert all(each.depths[2:] == [3] + [1] * (each.max_tokens - 1) for each in requests)

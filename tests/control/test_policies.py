@@ -15,7 +15,7 @@ from drex.config import POLICIES, EngineConfig
 from drex.control.cost import CostModel, Load
 from drex.control.plan import Pass
 from drex.control.policies import POLICIES as CLASSES
-from drex.control.policies import PROBE_EVERY, TRIES, Checks, Choice, Split, View
+from drex.control.policies import PROBE_EVERY, TRIES, Checks, Choice, Drex, Split, View
 from drex.control.profile import Curve, Profile, SegmentCost
 from drex.control.slots import SlotLayout
 from drex.request import Request
@@ -199,6 +199,24 @@ def test_drex_flushes_what_would_be_late_after_another_shallow_pass() -> None:
     for ahead, choice in ((shallow + least - 1e-6, Choice(1)), (shallow + most + 1e-6, Choice(0, 15))):
         due = [math.inf, 10.0 + ahead]
         assert policy.choose(view(1, ready=15, decoding=16, context=0.0, due=due)) == choice
+
+
+@pytest.mark.parametrize("shallow", [0.3, 3.0], ids=["cheap_first_segment", "dear_first_segment"])
+def test_drex_reckons_with_the_longest_pass_that_may_come_between_and_all_that_may_join(shallow: float) -> None:
+    policy = make_policy("drex", made=profile("linear", shallow, 1.0, 2.0))
+    assert isinstance(policy, Drex)
+    rule, now, ready, live = policy.rule, 10.0, 6, [0, 3, 5]
+    rule.tick(0, 14, 0.0)
+    pass_0, flush_1, flush_2 = (float(rule.seconds(s, rows, 0.0)) for s, rows in enumerate((ready, *live[1:])))
+    assert (pass_0 > flush_1) == (shallow > 1)
+    # Before the deeper buffer runs, either the pass over segment 0 may come, or the flush of the shallower one.
+    deep = max(pass_0, flush_1) + rule.seconds_ahead(2, [0, 0, ready + 3 + 5], [0] * 3)
+    # The shallower one has the flush of the deeper one before it, which goes first where both are due.
+    first = flush_2 + pass_0 + rule.seconds_ahead(1, [0, ready + 3, 5], [0] * 3)
+    for segment, ahead in ((2, deep), (1, first)):
+        for due, late in ((now + ahead - 1e-6, True), (now + ahead + 1e-6, False)):
+            stands = view(*live[1:], ready=ready, decoding=14, context=0.0, due=[due] * 3)
+            assert policy._late_next(stands, segment) == late
 
 
 def test_art_flushes_when_rows_and_age_make_up_for_the_batch() -> None:

@@ -13,6 +13,7 @@ from drex.config import POLICIES, EngineConfig
 from drex.control.plan import PassResult
 from drex.control.profile import Curve, Profile, SegmentCost
 from drex.control.slots import SlotLayout
+from drex.control.standing import Standing
 from drex.request import FinishReason
 
 
@@ -113,6 +114,52 @@ def test_a_request_that_could_never_fit_is_refused_by_name_of_the_remedy() -> No
     drain(scheduler, Machine(0.5))
 
 
+def test_the_longest_request_that_may_be_is_served_and_the_next_longer_one_refused() -> None:
+    scheduler = make_scheduler(EngineConfig(10, 4, 64, kv_cache_tokens=40), SlotLayout((2, 2)), "recompute")
+    with pytest.raises(ValueError, match="raise max_model_len"):
+        scheduler.add(request(0, 6, 6, 2), 0.0)
+    longest = request(1, 6, 5, 2)  # the last token is never run
+    scheduler.add(longest, 0.0)
+    drain(scheduler, Machine(0.5))
+    assert longest.num_output == 5
+
+
+@pytest.mark.parametrize(("prompt", "fits"), [(5, True), (6, False)])
+def test_a_request_is_admitted_where_everyones_next_token_fits_beside_it(prompt: int, fits: bool) -> None:
+    scheduler = make_scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=10), SlotLayout((2, 2)), "recompute")
+    for each in (request(0, 4, 6, 2), request(1, prompt, 2, 2)):
+        scheduler.add(each, 0.0)
+        scheduler.admission.admit()
+    assert len(scheduler.admission.running) == (2 if fits else 1)
+
+
+def test_a_request_that_loses_its_kv_before_its_last_token_is_recorded_keeps_that_token() -> None:
+    """Where passes overlap, the next one is planned before what the last one decided is written."""
+    scheduler = make_scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=15), SlotLayout((2, 2)), "recompute")
+    requests = [request(number, 4, 11, 2) for number in range(3)]
+    for each in requests:
+        scheduler.add(each, 0.0)
+    machine, unwritten = Machine(0.5), 0
+    batch = scheduler.next(machine.now)
+    for _ in range(500):
+        if batch is None:
+            break
+        machine.now += 1e-3
+        scheduler.commit(batch, machine.execute(batch), machine.now)
+        before, running = scheduler.admission.preemptions, list(scheduler.seats)
+        known = {each: len(each.records) for each in running}
+        following = scheduler.next(machine.now)
+        lost = [each for each in running if each.seat is None and each.finish_reason is None]
+        assert len(lost) == scheduler.admission.preemptions - before
+        unwritten += sum(len(each.records) > known[each] for each in lost)
+        scheduler.record(batch)
+        scheduler.took(batch, 1e-3)
+        assert all(each.context == each.tokens for each in requests)
+        batch = following
+    assert unwritten > 0, "whoever was preempted had nothing to be written"
+    assert all(each.num_output == 11 for each in requests)
+
+
 def test_outstanding_rows_are_neither_selected_again_nor_freed_by_an_abort() -> None:
     scheduler = make_scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=40), SlotLayout((2, 2)), "recompute")
     first, second = request(0, 3, 5, 2), request(1, 3, 5, 2)
@@ -146,8 +193,58 @@ def test_a_failed_pass_ends_its_requests_and_no_others() -> None:
     assert second.finish_reason is FinishReason.LENGTH
 
 
-def test_owed_fills_are_bounded() -> None:
-    config = EngineConfig(64, 4, 64, kv_cache_tokens=200, max_fill_rows=6)
+def test_who_was_to_be_aborted_when_a_pass_failed_is_aborted() -> None:
+    scheduler = make_scheduler(EngineConfig(64, 2, 64, kv_cache_tokens=40), SlotLayout((2, 2)), "recompute")
+    first, second = request(0, 3, 5, 2), request(1, 3, 5, 2)
+    scheduler.add(first, 0.0)
+    scheduler.add(second, 0.0)
+    batch = scheduler.next(0.0)
+    assert batch is not None
+    scheduler.finish(first.request_id, FinishReason.ABORT)
+    assert set(Machine(0.5).finish(scheduler, batch, PassResult(None, RuntimeError("broken")))) == {first, second}
+    assert (first.finish_reason, first.error) == (FinishReason.ABORT, None)
+    assert (second.finish_reason, second.error) == (FinishReason.ERROR, "RuntimeError: broken")
+    assert scheduler.pool.in_use == 0
+
+
+@pytest.mark.parametrize(("fewest", "outputs"), [(0, 1), (1, 1), (4, 4), (9, 9)])
+def test_an_end_token_ends_the_text_from_the_fewest_tokens_on(fewest: int, outputs: int) -> None:
+    scheduler = make_scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=80), SlotLayout((2, 2)), "recompute")
+    each = request(0, 3, 9, 2, eos=frozenset({5}), min_tokens=fewest)  # every token is 5
+    scheduler.add(each, 0.0)
+    drain(scheduler, Machine(0.5))
+    assert each.num_output == outputs
+    assert each.finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.8])
+def test_what_is_owed_at_a_segment_is_what_is_decided_and_has_no_keys_and_values_there(rate: float) -> None:
+    scheduler = make_scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=400), SlotLayout((1, 3, 2)), "recompute")
+    for number in range(6):
+        scheduler.add(request(number, 3 + number, 20, 3), 0.0)
+    machine, seats, owing = Machine(rate), scheduler.seats, 0
+    while machine.run(scheduler) is not None:
+        found = Standing.of(seats)
+        for segment in (1, 2):
+            decoding = [
+                each for each in seats if each.num_output and seats.reached[1, each.seat] >= len(each.tokens) - 1
+            ]
+            behind = {
+                each.seat: sum(
+                    position < len(each.tokens) - 1
+                    for position in range(seats.reached[segment + 1, each.seat], seats.reached[segment, each.seat])
+                )
+                for each in decoding
+            }
+            assert found.owed[segment] == sum(behind.values())
+            assert found.fills(segment) == sum(behind[seat] for seat in found.buffers[segment].tolist())
+            owing += found.owed[segment] > found.fills(segment) > 0
+    assert owing > 0
+
+
+@pytest.mark.parametrize(("bound", "largest"), [(6, 8), (7, 8), (8, 12)])
+def test_owed_fills_are_bounded(bound: int, largest: int) -> None:
+    config = EngineConfig(64, 4, 64, kv_cache_tokens=200, max_fill_rows=bound)
     scheduler = make_scheduler(config, SlotLayout((2, 2)), "recompute")
     for i in range(4):
         scheduler.add(request(i, 2, 40, 2), 0.0)
@@ -158,8 +255,27 @@ def test_owed_fills_are_bounded() -> None:
             int(frontiers[0, r.seat] - frontiers[1, r.seat]) for r in scheduler.admission.running if r.num_output
         )
         most = max(most, owed)
-    # One pass over segment 0 may take it past the bound by a row a request.
-    assert 6 <= most <= 6 + 4
+    # Each pass over segment 0 brings a row a request; what is just at the bound may stay.
+    assert most == largest
+
+
+def test_a_row_has_waited_since_it_came_to_where_it_waits_whatever_else_of_its_request_runs() -> None:
+    config = EngineConfig(64, 4, 64, kv_cache_tokens=400, max_fill_rows=3)
+    scheduler = make_scheduler(config, SlotLayout((1, 3, 2)), "recompute")
+    for number in range(6):
+        scheduler.add(request(number, 3, 30, 3), 0.0)
+    machine, seats = Machine(0.7), scheduler.seats
+    known: dict[str, tuple[tuple[int, int], int]] = {}
+    while machine.run(scheduler) is not None:
+        for each in seats:
+            if not each.num_output:
+                continue
+            # How many tokens are settled, and how many segments the row behind them has passed.
+            settled = len(each.tokens)
+            stands = settled, int((seats.reached[1:, each.seat] >= settled).sum())
+            if known.get(each.request_id, (None,))[0] != stands:
+                known[each.request_id] = stands, scheduler.passes
+            assert seats.since[each.seat] == known[each.request_id][1]
 
 
 @pytest.mark.parametrize(
