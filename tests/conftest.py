@@ -90,7 +90,7 @@ def unmeasured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def loggers_as_they_were() -> Iterator[None]:
     """A command that sets up logging in this process keeps no later test from seeing what is logged."""
-    loggers = [logging.getLogger(name) for name in (None, "drex", "drex.engine.engine", "uvicorn", "uvicorn.access")]
+    loggers = [logging.getLogger(name) for name in (None, "drex", "drex.engine", "uvicorn", "uvicorn.access")]
     before = [(logger.handlers[:], logger.level, logger.propagate, logger.disabled) for logger in loggers]
     yield
     for logger, (handlers, level, propagate, disabled) in zip(loggers, before, strict=True):
