@@ -121,7 +121,7 @@ class LLM:
             scheduler = Scheduler(self.config, self.model.layout, self.model.exits.kv_fill, CostModel(self.profile))
         self.engine = Engine(scheduler, TorchExecutor(runner), self.tokenizer)
         ends = self.generation_defaults.eos_token_ids
-        self.intake = Intake(self.model, self.config, self.tokenizer, scheduler.admission.check_fits, ends)
+        self.intake = Intake(self.model, self.config, self.tokenizer, self.engine.check_fits, ends)
         self._client = EngineClient(self.engine)
 
     # Generation

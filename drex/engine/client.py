@@ -58,7 +58,7 @@ class EngineClient:
             EngineReservedError: the engine serves somebody else.
         """
         for request in requests:
-            self._engine.scheduler.admission.check_fits(request)
+            self._engine.check_fits(request)
         call = _Call(requests)
         try:
             with self._lock:

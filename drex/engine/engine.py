@@ -26,10 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class _UnderWay(NamedTuple):
-    """A pass that was submitted: what it was chosen from, when it was begun to be planned, and when it was.
-
-    `gain` is as of `PassRecord`.
-    """
+    """A submitted pass: what it was chosen from, its gain as of `PassRecord`, when planning it began and when it ended."""
 
     batch: Pass
     view: View | None
@@ -65,7 +62,7 @@ class Engine:
             only `reset` helps then.
         reserved_by: who alone may use the engine; None: whoever holds it.
         checks_integrity: whether slots, arena rows and requests are checked against each other whenever the engine
-            falls idle. The environment variable DREX_CHECK_INTEGRITY turns it on, for tests and long runs.
+            falls idle; DREX_CHECK_INTEGRITY in the environment turns it on.
     """
 
     def __init__(
@@ -83,13 +80,17 @@ class Engine:
         self._samples: dict[str, Sample] = {}
         self._layers = list(accumulate(scheduler.layout.lengths))
 
+    def check_fits(self, request: Request) -> None:
+        """Raise ValueError, naming the remedy, for a request that could never be served."""
+        self.scheduler.admission.check_fits(request)
+
     def add(self, request: Request, arrived: float | None = None) -> None:
         """Take in a request, which came at a time of the executor's (None: now).
 
         Raises:
             ValueError: it could never be served.
         """
-        self.scheduler.admission.check_fits(request)
+        self.check_fits(request)
         sample = Sample(request, self.tokenizer, self._layers)
         self.torn = True
         self.scheduler.add(request, self.executor.now() if arrived is None else arrived)
@@ -146,8 +147,7 @@ class Engine:
         Where passes run beside this thread the next one is started as soon as this one has been taken in, and runs
         while records and text are made of what this one brought.
 
-        An interruption of a pass that runs loses that pass and its requests; the others go on. One between passes
-        leaves the engine `torn`.
+        An interruption of a pass loses that pass and its requests; one between passes leaves the engine `torn`.
         """
         self.torn = True
         out = self._step()
