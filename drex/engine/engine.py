@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class _UnderWay(NamedTuple):
-    """A submitted pass: what it was chosen from, its gain as of `PassRecord`, when planning it began and when it ended."""
+    """A submitted pass: what it was chosen from, its gain (see `PassRecord`), when planning it began, and ended."""
 
     batch: Pass
     view: View | None
