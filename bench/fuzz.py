@@ -1,16 +1,16 @@
 """Fuzzing: Schemathesis over the served OpenAPI schema, until enough cases were run.
 
     python bench/fuzz.py --cases 5000
+    python bench/fuzz.py --cases 5000 --tokenizer-kind byte-fallback
 
 Every reply must be one that the schema documents, with a body of its form, and none may be a 5xx. Afterwards the
-engine must be idle, with no K/V slot in use, and still serve. Without --url a server is started around the bundled
-model. Exit code 1 if anything was found.
+engine must be idle, with no K/V slot in use, and still serve. Without --url a server is started. Exit code 1
+if anything was found.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import random
 import subprocess
@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from served import Served, served
+from served import Served, add_server_options, server_of
 
 CHECKS = (
     "not_a_server_error",
@@ -36,6 +36,32 @@ CHECKS = (
 )
 OPTIONS = ("--max-model-len", "48", "--dtype", "float32", "--max-num-seqs", "64")
 """Of a server that is started here: outputs are short, so that time goes into requests."""
+
+NEARLY_RIGHT: tuple[tuple[str, dict[str, Any]], ...] = (
+    (
+        "/v1/completions",
+        {
+            "prompt": ["def add", "import os"],
+            "max_tokens": 2,
+            "logit_bias": {"5": 1.5},
+            "early_exit": {"layers": [4]},
+            "stop": ["\n\n", "\u00e9"],
+        },
+    ),
+    (
+        "/v1/chat/completions",
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "\U0001f642"}]}],
+            "max_tokens": 2,
+            "logprobs": True,
+            "top_logprobs": 3,
+            "logit_bias": {"163": 100},
+        },
+    ),
+    ("/v1/completions", {"prompt": [[5, 200, 131], [7]], "max_tokens": 1, "echo": True, "logprobs": 2, "n": 2}),
+    ("/detokenize", {"tokens": [243, 162, 156, 133]}),
+)
+"""Paths and bodies that are right until bytes of them change."""
 
 
 def run(server: Served, examples: int, seed: int, folder: Path) -> dict[str, Any]:
@@ -85,16 +111,11 @@ def mutate(body: bytes, draw: random.Random) -> bytes:
 def malformed(server: Served, count: int, seed: int) -> dict[str, int]:
     """Send bodies that are nearly right; returns how often each status came back. Raises AssertionError for a 5xx."""
     draw, statuses = random.Random(seed), Counter[str]()
-    good = {
-        "prompt": ["def add", "import os"],
-        "max_tokens": 2,
-        "logit_bias": {"5": 1.5},
-        "early_exit": {"layers": [4]},
-    }
-    for _ in range(count):
+    for number in range(count):
+        path, good = NEARLY_RIGHT[number % len(NEARLY_RIGHT)]
         body = mutate(json.dumps(good).encode(), draw)
-        status = post(server, "/v1/completions", body)
-        assert status < 500, body
+        status = post(server, path, body)
+        assert status < 500, (path, body)
         statuses[str(status)] += 1
     return dict(statuses)
 
@@ -135,12 +156,12 @@ def fuzz(server: Served, cases: int, examples: int, seed: int) -> dict[str, Any]
 def main() -> None:
     """Read the arguments, run, report."""
     parser = argparse.ArgumentParser(description="Schemathesis over the served schema.")
-    parser.add_argument("--url", help="A server that runs already, as http://127.0.0.1:8000.")
+    add_server_options(parser)
     parser.add_argument("--cases", type=int, default=5000, help="At least so many.")
     parser.add_argument("--examples", type=int, default=200, help="Of each operation in a round.")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    with served(*OPTIONS) if given.url is None else contextlib.nullcontext(Served(given.url)) as server:
+    with server_of(given, *OPTIONS) as server:
         found = fuzz(server, given.cases, given.examples, given.seed)
     print(json.dumps(found))
     sys.exit(1 if found["failures"] else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import re
@@ -14,7 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from drex.bench.byte_fallback import write_byte_fallback_model
+
 READY_SECONDS = 120
+BYTE_LEVEL, BYTE_FALLBACK = "byte-level", "byte-fallback"
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,32 @@ class Served:
                 total += 1024.0 * int(rss[1])
                 pool = 1024.0 * int(rss[1]) if anonymous else pool
         return total - pool, pool
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which server a script is about, for `server_of`."""
+    parser.add_argument("--url", help="A server that runs already, as http://127.0.0.1:8000.")
+    parser.add_argument(
+        "--tokenizer-kind",
+        choices=(BYTE_LEVEL, BYTE_FALLBACK),
+        default=BYTE_LEVEL,
+        help="Of the model that is served without --url: byte-level is the bundled model, byte-fallback a tiny random "
+        "Llama with a tokenizer like Llama 2's.",
+    )
+
+
+@contextlib.contextmanager
+def server_of(given: argparse.Namespace, *options: str) -> Iterator[Served]:
+    """The server at `--url`, or else one with these options around a model with the kind of tokenizer that is given."""
+    if given.url is not None:
+        yield Served(given.url)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if given.tokenizer_kind == BYTE_FALLBACK:
+            write_byte_fallback_model(Path(folder))
+            options = (folder, *options)
+        with served(*options) as server:
+            yield server
 
 
 @contextlib.contextmanager

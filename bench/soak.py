@@ -1,19 +1,19 @@
 """A long run of mixed requests, some of which are cancelled midway and some of which are wrong.
 
     python bench/soak.py --requests 20000
+    python bench/soak.py --requests 20000 --tokenizer-kind byte-fallback
 
-Checked: every request ended as it should (an answer with the tokens that were asked for, a refusal, or its own
-cancelling), none failed in the engine, no K/V slot is in use at the end, and the server's memory beside the K/V pool
-grew by less than 2 % in the last half. (The pool's size is fixed at the start; its pages come into memory as load first
-reaches them, so that a rare peak still adds some late.) Without --url a server is started around the bundled model.
-Exit code 1 if something does not hold.
+Checked: every request ended as it should (an answer with the tokens, choices and log-probabilities that were asked for,
+a refusal, or its own cancelling), none failed in the engine, no K/V slot is in use at the end, and the server's memory
+beside the K/V pool grew by less than 2 % in the last half. (The pool's size is fixed at the start; its pages come into
+memory as load first reaches them, so that a rare peak still adds some late.) Without --url a server is started. Exit
+code 1 if something does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import random
 import sys
@@ -23,18 +23,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from served import Served, served
+from served import Served, add_server_options, server_of
 
 WORDS = ("def", "class", "import", "return", "self", "for", "in", "if", "None", "os", "path", "open", "read", "list")
 WRONG: tuple[dict[str, Any], ...] = (
     {"temperature": 7},
     {"max_tokens": -2},
-    {"prompt": ""},
+    {"prompt": []},
     {"prompt": [10**9]},
     {"nonsense": 1},
     {"model": "another"},
     {"early_exit": {"layers": [1000]}},
 )
+REPLACEMENT = "\ufffd"
+STOPS = ("\n", "def", " the", "é", REPLACEMENT, "(", "日本", "self.", "\U0001f642", "x" * 200)
+BYTES = (3, 259)
+"""Tokens of single bytes, nearly all of them: in a byte-fallback vocabulary, and among the bundled model's."""
 CANCELLED, INVALID = 0.2, 0.05
 """Shares of the requests."""
 GROWTH = 0.02
@@ -56,9 +60,8 @@ class Soak:
     pool: list[float] = field(default_factory=list)
 
 
-async def one(client: httpx.AsyncClient, number: int) -> tuple[str, int]:
-    """One request, a function of its number; returns how it ended, and the tokens that came."""
-    draw = random.Random(number)
+def drawn_body(number: int, draw: random.Random) -> dict[str, Any]:
+    """A request that is right, as drawn."""
     prompt: Any = " ".join(draw.choice(WORDS) for _ in range(draw.randint(1, 40)))
     body: dict[str, Any] = {
         "prompt": prompt if draw.random() < 0.7 else [draw.randrange(3, 256) for _ in range(draw.randint(1, 64))],
@@ -72,26 +75,64 @@ async def one(client: httpx.AsyncClient, number: int) -> tuple[str, int]:
         body["logprobs"] = draw.randint(0, 5)
     if draw.random() < 0.1:
         body |= {"echo": True, "n": 2}
-    kind = draw.random()
+    if draw.random() < 0.3:
+        # Bytes in any order: most are no characters, or parts of such.
+        body["logit_bias"] = {str(draw.randrange(*BYTES)): draw.choice((5, 20, 100)) for _ in range(draw.randint(1, 8))}
+    if draw.random() < 0.2:
+        body["stop"] = draw.sample(STOPS, draw.randint(1, 4))
+    return body
+
+
+async def one(client: httpx.AsyncClient, number: int) -> tuple[str, int]:
+    """One request, a function of its number; returns how it ended, and the tokens that came."""
+    draw = random.Random(number)
+    body, kind = drawn_body(number, draw), draw.random()
     if kind < INVALID:
         reply = await client.post("/v1/completions", json=body | draw.choice(WRONG))
         return ("refused" if reply.status_code in (400, 404) and "error" in reply.json() else "not refused"), 0
     if kind < INVALID + CANCELLED:
         return await cancelled(client, body | {"stream": True, "max_tokens": 32}, draw), 0
-    wanted = body["max_tokens"] * body.get("n", 1)
     if not body["stream"]:
         reply = await client.post("/v1/completions", json=body)
-        made = reply.json()["usage"]["completion_tokens"] if reply.status_code == 200 else 0
-        return ("whole" if made == wanted else f"status {reply.status_code}, {made} tokens"), made
-    made, done = 0, False
+        if reply.status_code != 200:
+            return f"status {reply.status_code}", 0
+        return fault(body, [reply.json()]) or "whole", reply.json()["usage"]["completion_tokens"]
+    events, done = [], False
     async with client.stream(
         "POST", "/v1/completions", json=body | {"stream_options": {"include_usage": True}}
     ) as reply:
         async for line in reply.aiter_lines():
             done = done or line == "data: [DONE]"
-            if '"choices":[]' in line:
-                made = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
-    return ("streamed" if done and made == wanted else f"stream of {made} tokens"), made
+            if line.startswith("data: {"):
+                events.append(json.loads(line.removeprefix("data: ")))
+    if not done or not events or not events[-1].get("usage"):
+        return f"stream with status {reply.status_code} that ends early", 0
+    return fault(body, events) or "streamed", events[-1]["usage"]["completion_tokens"]
+
+
+def fault(body: dict[str, Any], events: list[dict[str, Any]]) -> str | None:
+    """What is wrong with the answer to a request, as one object or as a stream's events; None: nothing."""
+    choices = [choice for event in events for choice in event["choices"]]
+    made, wanted = events[-1]["usage"]["completion_tokens"], body["max_tokens"] * body.get("n", 1)
+    ends = sorted((choice["index"], choice["finish_reason"]) for choice in choices if choice["finish_reason"])
+    if [index for index, _ in ends] != list(range(body.get("n", 1))):
+        return f"finish reasons {ends}"
+    if made != wanted and (made > wanted or not any(reason == "stop" for _, reason in ends)):
+        return f"{made} tokens instead of {wanted}"
+    for index, _ in ends:
+        text = "".join(choice["text"] for choice in choices if choice["index"] == index)
+        # Replacement characters may also be what an unfinished character leaves at the end, which stops nothing.
+        if not body.get("echo") and any(stop in text for stop in body.get("stop", ()) if stop != REPLACEMENT):
+            return f"a stop string in {text!r}"
+    if "logprobs" not in body:
+        return None
+    logs = [choice["logprobs"] for choice in choices if choice["logprobs"] is not None]
+    fields = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    if any(len({len(log[name]) for name in fields}) != 1 for log in logs):
+        return "log-probabilities of unequal length"
+    reported = sum(len(log["tokens"]) for log in logs)
+    prompts = events[-1]["usage"]["prompt_tokens"] * body.get("n", 1) if body.get("echo") else 0
+    return None if reported == made + prompts else f"{reported} log-probabilities of {made} + {prompts} tokens"
 
 
 async def cancelled(client: httpx.AsyncClient, body: dict[str, Any], draw: random.Random) -> str:
@@ -173,11 +214,11 @@ def judge(server: Served, found: Soak, seconds: float) -> dict[str, Any]:
 def main() -> None:
     """Read the arguments, run, report."""
     parser = argparse.ArgumentParser(description="A long run of mixed requests.")
-    parser.add_argument("--url", help="A server that runs already, as http://127.0.0.1:8000.")
+    add_server_options(parser)
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--clients", type=int, default=48, help="Requests at a time.")
     given = parser.parse_args()
-    with served() if given.url is None else contextlib.nullcontext(Served(given.url)) as server:
+    with server_of(given) as server:
         began = time.monotonic()
         found = asyncio.run(soak(server, given.requests, given.clients))
         report = judge(server, found, time.monotonic() - began)

@@ -19,8 +19,6 @@ if not torch.cuda.is_available():
 # Engines check slots, arena rows and requests against each other whenever they fall idle, in every test.
 os.environ["DREX_CHECK_INTEGRITY"] = "1"
 
-from tokenizers import Tokenizer, decoders
-from tokenizers import models as tokenizer_models
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -30,6 +28,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from drex.bench.byte_fallback import byte_fallback_tokenizer
 from drex.engine.torch_executor import TorchExecutor
 from drex.tuning.corpus import Document, train_tokenizer
 from drex.tuning.profile_cache import obtain
@@ -148,20 +147,10 @@ def text_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
     return folder
 
 
-@pytest.fixture(scope="session")
-def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+@pytest.fixture(scope="session", name="byte_fallback_tokenizer")
+def byte_fallback_tokenizer_fixture() -> PreTrainedTokenizerFast:
     """Made like Llama 2's: words with their leading space, and a token for each byte of what is no word."""
-    words = ["▁", "a", "b", "▁the", "▁cat", "▁sat", "!", "é"]
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
-    backend = Tokenizer(
-        tokenizer_models.BPE(
-            {name: i for i, name in enumerate(names)}, [], byte_fallback=True, fuse_unk=True, unk_token="<unk>"
-        )
-    )
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return byte_fallback_tokenizer(prefix=False)
 
 
 @pytest.fixture(scope="session")

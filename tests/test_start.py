@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from itertools import islice, pairwise
 
 import pytest
@@ -22,7 +23,14 @@ from drex.request import SamplingParams
 from drex.sim.executor import DrawnExits, VirtualExecutor
 from drex.sim.simulate import Scenario
 from drex.sim.workload import draw_jobs
-from drex.tuning.estimate import decoder_sizes, estimate
+from drex.tuning.estimate import (
+    MANY_ROWS,
+    MEASURED_BYTES,
+    MULTIPLIED_BYTES,
+    decoder_sizes,
+    estimate,
+    some_products,
+)
 from drex.tuning.profile import Measured, Profiler, noise
 from drex.tuning.profile_cache import MEASURE, MEASURED, obtain
 
@@ -74,6 +82,26 @@ def test_an_estimate_grows_with_rows_layers_and_the_vocabulary(models):
     sizes = decoder_sizes(llm.engine.executor.runner)
     assert sizes.layer_weights * 4 == sum(weight_bytes(matrix) for matrix in matrices)
     assert sizes.head_weights == [97 * 32, 97 * 32]
+
+
+def test_an_estimate_repeats_nothing_that_takes_long(llm, monkeypatch):
+    """On a clock that ticks a second a look, each of three rates is measured once for every number of threads."""
+    looks, products = itertools.count(), []
+    monkeypatch.setattr("drex.tuning.estimate.time.perf_counter", lambda: float(next(looks)))
+    counted = [lambda rows: products.append(len(rows))]
+    monkeypatch.setattr("drex.tuning.estimate.some_products", lambda *_: counted)
+    monkeypatch.setattr("drex.tuning.estimate.weight_bytes", lambda _: MEASURED_BYTES)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert estimate(llm.engine.executor.runner).source == "estimated"
+    assert products == [1, MANY_ROWS] * 3
+
+
+def test_the_rate_of_computing_is_measured_on_few_weights(llm, monkeypatch):
+    monkeypatch.setattr("drex.tuning.estimate.weight_bytes", lambda _: MULTIPLIED_BYTES // 3)
+    layers = llm.model.decoder.layers
+    assert len(some_products(llm.model.decoder, MULTIPLIED_BYTES)) == 4
+    assert len(some_products(llm.model.decoder, MEASURED_BYTES)) == 2 * len(layers)
 
 
 def test_threads_that_are_named_stay(llm):

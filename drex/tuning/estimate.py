@@ -21,9 +21,13 @@ from drex.control.roofline import DecoderSizes, Rates, roofline
 
 MEASURED_BYTES = 2**28
 """Weights that one measurement reads: more than caches hold, and read in a few hundredths of a second."""
+MULTIPLIED_BYTES = 2**25
+"""Weights that are multiplied with many rows: with more of them the rate is the same, and the time longer."""
 MANY_ROWS = 64
 """Rows whose products are bound by computing on a CPU, and on a GPU take about as long as one row's."""
 REPEATS = 3
+ENOUGH_SECONDS = 0.1
+"""An action is not repeated any more when its runs have taken this long: a busy machine must not delay the start."""
 OPERATORS_PER_LAYER = 16
 """Operators that a layer calls in the reference backend beside its products: norms, rotary, K/V, activation."""
 OPERATORS_PER_REQUEST = 4
@@ -87,19 +91,21 @@ def _full_depth_seconds(profile: Profile) -> float:
 @torch.inference_mode()
 def _cpu_rates(decoder: Decoder) -> Rates:
     """The rates of the CPU with the present number of threads."""
-    products = _some_products(decoder)
-    read = sum(map(weight_bytes, products))
 
-    def seconds(rows: int) -> float:
-        given = torch.ones(rows, decoder.spec.hidden_size, dtype=decoder.dtype)
-        return _median_seconds(lambda: [product(given) for product in products])
+    def bytes_per_second(rows: int, least: int) -> float:
+        """The rate at which weights of `least` bytes are multiplied with rows."""
+        products, given = (
+            some_products(decoder, least),
+            torch.ones(rows, decoder.spec.hidden_size, dtype=decoder.dtype),
+        )
+        seconds = _median_seconds(lambda: [product(given) for product in products])
+        return sum(map(weight_bytes, products)) / seconds
 
-    one, many = seconds(1), seconds(MANY_ROWS)
     row = torch.ones(1, decoder.spec.hidden_size, dtype=decoder.dtype)
     operator = _median_seconds(lambda: [F.silu(row) for _ in range(100)]) / 100
     return Rates(
-        bandwidth=read / one,
-        compute=2 * read / decoder.dtype.itemsize * MANY_ROWS / many,
+        bandwidth=bytes_per_second(1, MEASURED_BYTES),
+        compute=2 * MANY_ROWS * bytes_per_second(MANY_ROWS, MULTIPLIED_BYTES) / decoder.dtype.itemsize,
         layer_seconds=OPERATORS_PER_LAYER * operator,
         request_seconds=OPERATORS_PER_REQUEST * operator,
     )
@@ -122,25 +128,25 @@ def _gpu_rates(runner: SegmentRunner) -> Rates:
     )
 
 
-def _some_products(decoder: Decoder) -> Sequence[Linear]:
-    """Products of the first layers that take hidden states, of `MEASURED_BYTES` or all that there are."""
+def some_products(decoder: Decoder, least: int) -> Sequence[Linear]:
+    """Products of the first layers that take hidden states, with weights of `least` bytes or all that there are."""
     found: list[Linear] = []
-    read = 0
-    for layer in decoder.layers:
-        if read >= MEASURED_BYTES:
+    taken = 0
+    for product in (product for layer in decoder.layers for product in (layer.qkv, layer.gate_up)):
+        if taken >= least:
             break
-        found += (layer.qkv, layer.gate_up)
-        read += weight_bytes(layer.qkv) + weight_bytes(layer.gate_up)
+        found.append(product)
+        taken += weight_bytes(product)
     return found
 
 
 def _median_seconds(action: Callable[[], Sequence[Tensor] | Tensor], wait: Callable[[], None] | None = None) -> float:
-    """Median time of an action, after a run that warms up."""
-    times = []
-    for _ in range(REPEATS + 1):
+    """Median time of an action, after a run that warms up, unless that one took long enough already."""
+    times: list[float] = []
+    while len(times) <= REPEATS and sum(times) < ENOUGH_SECONDS:
         started = time.perf_counter()
         action()
         if wait is not None:
             wait()
         times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    return statistics.median(times[1:] or times)
