@@ -96,8 +96,9 @@ def served(*options: str) -> Iterator[Served]:
         RuntimeError: it did not start, or ended with an error.
     """
     drex = Path(sys.executable).with_name("drex")
+    env = {**os.environ, "DREX_CHECK_INTEGRITY": "1"}
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([drex, "serve", "--port", "0", *options], stdout=log, stderr=log, env=os.environ)
+        process = subprocess.Popen([drex, "serve", "--port", "0", *options], stdout=log, stderr=log, env=env)
 
         def said() -> str:
             log.seek(0)
