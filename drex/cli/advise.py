@@ -62,6 +62,7 @@ def advise(
     from drex.llm import LLM
     from drex.tuning.corpus import read_documents, split_held_out, standard_library
     from drex.tuning.evaluate import held_out_blocks
+    from drex.tuning.profile_cache import MEASURED
 
     grid, counts = sweep_from(thresholds, sweep, SWEEP), parse_ints(in_flight, "--in-flight", least=1)
     check_at_least(0, tolerance=tolerance)
@@ -81,6 +82,7 @@ def advise(
             device=device,
             max_model_len=max_model_len,
             max_num_seqs=max(counts),
+            profile=MEASURED,
             generation_config="none",
         )
     found = run(llm, held_out_blocks(llm, documents, tokens), grid, counts, tolerance)
