@@ -53,7 +53,7 @@ def serve(
     device: DeviceOption = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default the number that is fastest.")] = None,
     profile: Annotated[
-        str | None, typer.Option(help="What passes cost here: a file of drex profile --out, measured, measure or nominal.")
+        str | None, typer.Option(help="What passes cost: a file of drex profile --out, measured, measure or nominal.")
     ] = None,
     max_model_len: MaxModelLenOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests in flight.")] = 64,
