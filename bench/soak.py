@@ -39,6 +39,9 @@ REPLACEMENT = "\ufffd"
 STOPS = ("\n", "def", " the", "é", REPLACEMENT, "(", "日本", "self.", "\U0001f642", "x" * 200)
 BYTES = (3, 259)
 """Tokens of single bytes, nearly all of them: in a byte-fallback vocabulary, and among the bundled model's."""
+TEXTS = 2000
+"""Different prompts. A tokenizer that does not split text keeps the tokens of the last 10,000 that it has seen, some
+3 KB each; it is to be full long before the last half."""
 CANCELLED, INVALID = 0.2, 0.05
 """Shares of the requests."""
 GROWTH = 0.02
@@ -62,7 +65,8 @@ class Soak:
 
 def drawn_body(number: int, draw: random.Random) -> dict[str, Any]:
     """A request that is right, as drawn."""
-    prompt: Any = " ".join(draw.choice(WORDS) for _ in range(draw.randint(1, 40)))
+    words = random.Random(number % TEXTS)
+    prompt: Any = " ".join(words.choice(WORDS) for _ in range(words.randint(1, 40)))
     body: dict[str, Any] = {
         "prompt": prompt if draw.random() < 0.7 else [draw.randrange(3, 256) for _ in range(draw.randint(1, 64))],
         "max_tokens": draw.choice((1, 4, 8, 16, 32)),
