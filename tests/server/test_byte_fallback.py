@@ -7,8 +7,9 @@ import pytest
 from server_fixtures import NAME, serving, url
 
 from drex import LLM, EarlyExit
+from drex.bench.byte_fallback import FIRST_BYTE
 
-NEWLINE, FIRST, SECOND = 3 + 0x0A, 3 + 0xF0, 3 + 0x9F
+NEWLINE, FIRST, SECOND = FIRST_BYTE + 0x0A, FIRST_BYTE + 0xF0, FIRST_BYTE + 0x9F
 """A newline, and the two bytes that emoji begin with."""
 
 
@@ -47,8 +48,8 @@ def test_a_stream_of_them_adds_up_to_the_whole(base):
     assert text == whole
 
 
-def test_an_echo_of_them_has_log_probabilities(base):
-    prompt = [NEWLINE, FIRST, SECOND, 260, NEWLINE]
+def test_an_echo_of_them_has_log_probabilities(base, byte_fallback_tokenizer):
+    prompt = [NEWLINE, FIRST, SECOND, byte_fallback_tokenizer.convert_tokens_to_ids("a"), NEWLINE]
     reply = post(base, prompt=prompt, echo=True, logprobs=2, max_tokens=4, **BYTES)
     assert reply.status_code == 200
     log = reply.json()["choices"][0]["logprobs"]
