@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from itertools import islice, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import drex.tuning.estimate
 import drex.tuning.profile_cache
 from drex import LLM, EarlyExit
 from drex.compute.linear import weight_bytes
@@ -102,6 +104,17 @@ def test_the_rate_of_computing_is_measured_on_few_weights(llm, monkeypatch):
     layers = llm.model.decoder.layers
     assert len(some_products(llm.model.decoder, MULTIPLIED_BYTES)) == 4
     assert len(some_products(llm.model.decoder, MEASURED_BYTES)) == 2 * len(layers)
+
+
+def test_the_rates_of_a_gpu_are_those_of_a_copy_and_of_one_large_product(monkeypatch):
+    """Both read off a clock that says a tenth of a second for each; no GPU is needed for the arithmetic."""
+    monkeypatch.setattr(drex.tuning.estimate, "_median_seconds", lambda action, wait: 0.1)
+    device = SimpleNamespace(
+        decoder=SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16), synchronize=None
+    )
+    rates = drex.tuning.estimate._gpu_rates(device)
+    assert rates.bandwidth == pytest.approx(2 * 2**27 / 0.1)
+    assert rates.compute == pytest.approx(0.5 * 2 * 4096**3 / 0.1)
 
 
 def test_threads_that_are_named_stay(llm):

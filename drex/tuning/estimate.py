@@ -34,6 +34,8 @@ OPERATORS_PER_REQUEST = 4
 """Operators that a layer calls for the attention of one request in the reference backend."""
 GRAPH_LAUNCH_SECONDS = 6e-5
 """A pass with nothing to do on a GPU: one graph launch and the copy back, assumed."""
+COPIED_BYTES = 2**27
+"""What is copied to find a GPU's bandwidth: more than its caches hold, and little of what the K/V pool leaves free."""
 GPU_COMPUTE_SHARE = 0.5
 """Share of a GPU's rate in one large product that the products of a pass attain, assumed."""
 LARGE_PRODUCT = 4096
@@ -115,14 +117,14 @@ def _cpu_rates(decoder: Decoder) -> Rates:
 def _gpu_rates(runner: SegmentRunner) -> Rates:
     """The rates of a GPU: the weights copied, and one large product, since its clock tells nothing of short ones."""
     decoder = runner.decoder
-    read = torch.empty(MEASURED_BYTES, dtype=torch.uint8, device=decoder.device)
+    read = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=decoder.device)
     written = torch.empty_like(read)
     square = torch.ones(LARGE_PRODUCT, LARGE_PRODUCT, device=decoder.device, dtype=decoder.dtype)
     copied = _median_seconds(lambda: written.copy_(read), runner.synchronize)
     multiplied = _median_seconds(lambda: square @ square, runner.synchronize)
     return Rates(
         # A copy reads and writes.
-        bandwidth=2 * MEASURED_BYTES / copied,
+        bandwidth=2 * COPIED_BYTES / copied,
         compute=GPU_COMPUTE_SHARE * 2 * LARGE_PRODUCT**3 / multiplied,
         pass_seconds=GRAPH_LAUNCH_SECONDS,
     )
