@@ -81,6 +81,22 @@ def test_rows_may_have_any_leading_dimensions(kernel, dtype, leading):
     close(KERNELS[kernel](weight, None)(x), F.linear(x, weight))
 
 
+@pytest.mark.skipif("onednn" not in kernels_for(torch.device("cpu"), torch.float32), reason="torch has no oneDNN")
+def test_few_numbers_of_rows_are_compiled_and_change_no_row(monkeypatch):
+    """oneDNN keeps some 0.4 MB for each number of rows that it has met."""
+    real, met, weight = torch.ops.mkldnn._linear_pointwise, [], torch.randn(24, 16)
+    product, bias = OnednnLinear(weight, torch.ones(24)), torch.ones(24)
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda rows, *rest: met.append(rows) or real(rows, *rest)
+    )
+    for count in range(1, 513):
+        rows = torch.randn(count, 16)
+        assert torch.equal(product(rows), real(rows, product._packed, bias, "none", [], ""))
+        assert count <= len(met[-1]) <= max(count, 1.25 * count + 1)
+    assert len({len(rows) for rows in met}) <= 32
+    assert [len(rows) for rows in met[:8]] == [*range(1, 9)]
+
+
 @packed
 def test_a_packed_weight_is_not_kept(kernel, dtype):
     """Models are read through one buffer: what the next weight overwrites must not be the last one."""
