@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from drex.llm import LLM
 
 MOST_PORT = 2**16 - 1
-ONEDNN_PRIMITIVES = 128
-"""Compiled products that oneDNN keeps, one for each number of rows and shape of a weight. By itself it keeps 1024,
-which come together slowly, at some 0.3 MB each, while a server runs."""
+ONEDNN_PRIMITIVES = 256
+"""Compiled products that oneDNN keeps: more than a model's shapes of weights times the numbers of rows that they are
+compiled for, and fewer than the 1024 that it keeps by itself, at some 0.4 MB each."""
 LIBRARIES = ("fastapi", "uvicorn", "uvloop", "h11", "prometheus_client")
 
 
