@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from test_asynchronous import told
 
 import drex
 from drex import LLM, EarlyExit, SamplingParams
@@ -37,17 +38,6 @@ def made(folder, *, overlapping=False, **settings):
     llm = LLM(folder, **{"early_exit": exits, "dtype": "float64", "max_num_seqs": 4, **settings})
     llm.engine.executor.asynchronous = overlapping
     return llm
-
-
-def told(outputs):
-    """Without the numbers, whose last digits depend on who shares a pass."""
-    return [
-        [
-            (sample.text, sample.finish_reason, [(token.id, token.exit_layer) for token in sample.tokens])
-            for sample in output.outputs
-        ]
-        for output in outputs
-    ]
 
 
 # Threads

@@ -194,7 +194,7 @@ def _about(report: dict[str, Any]) -> str:
 
 
 def _warnings(story: Story) -> str:
-    """What a reader must know before the numbers: that times are modelled, that exits are made up, that others ran."""
+    """Warnings above the numbers: that times are modelled, exits made up, or the machine was busy."""
     report = story.report
     said = []
     if report.get("timing") == MODELLED:

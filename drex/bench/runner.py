@@ -102,7 +102,7 @@ def take_turns(
 
     Args:
         cells: to take turns.
-        arrivals: what a cell serves in its next turn.
+        arrivals: returns the requests that a cell serves in its next turn, with their times of arrival.
         repeats: turns of each.
         told: called after each turn.
         done: called after each request.

@@ -19,7 +19,7 @@ CLEAR = 0.02
 CLEAR_ALONE = 0.05
 """A gain or loss below this is none where there is a single turn, or a mean alone: turns may differ as much."""
 BUSY_SHARE = 0.1
-"""Of the cores' time, taken by others: from here on times are not to be trusted."""
+"""Share of the cores' time that other processes take, from which on measured times are not to be trusted."""
 MODELLED = "modelled"
 
 
@@ -60,7 +60,7 @@ def _compare(ours: dict[str, Any], full: dict[str, Any], rate: bool, modelled: b
     """Compare two runs at one count in flight.
 
     Args:
-        ours, full: of the served policy and of full depth.
+        ours, full: the figures of the served policy, and of full depth.
         rate: compare tokens a second, turn by turn; else how soon requests are done, for arrivals set the rate then.
         modelled: times are modelled, and a single turn is all there is to know.
     """

@@ -96,7 +96,7 @@ def advise(
 
 
 def _table(found: Advice, counts: Sequence[int]) -> Table:
-    """What was looked at, and what it gains at some counts in flight."""
+    """A table of the settings that were compared: the predicted gain of each, by requests in flight."""
     from rich import box
     from rich.table import Table
 

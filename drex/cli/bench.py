@@ -160,7 +160,7 @@ def _check_given(
     """Raise ValueError for an option that would be ignored.
 
     Args:
-        context: of the command.
+        context: typer's context, which knows the options that were given.
         mode: the option that decides what others mean something.
         only_with, only_without: parameters that mean something with it, and without it.
         given: whether it was.
@@ -191,7 +191,7 @@ def _load(target: Target, asked: Asked, goodput: list[str], json_file: Path | No
 
 @dataclass(frozen=True)
 class _Offer:
-    """What every policy is to serve, as the options of the same names say."""
+    """The workload that every policy serves, from the options of the same names."""
 
     prompts: Path | None
     requests: int | None
