@@ -299,7 +299,7 @@ def test_graphs_give_what_the_reference_gives_whatever_they_were_captured_for(sh
 
 
 def test_kernels_that_can_not_be_had_are_refused(models):
-    with pytest.raises(ValueError, match="choose one of auto, torch, triton"):
+    with pytest.raises(ValueError, match="choose one of auto, torch, native, triton"):
         LLM(models["llama"], kernels="cuda", profile="nominal")
     with pytest.raises(ValueError, match="no float64"):
         LLM(models["llama"], kernels="triton", dtype="float64", profile="nominal")

@@ -13,7 +13,7 @@ from drex.control.plan import IntArray, Pass
 
 @dataclass(frozen=True)
 class PassTensors:
-    """Index vectors of a pass.
+    """Index vectors of a pass, each contiguous.
 
     Shapes: tokens (full,) at segment 0, else (0,); arena (full,), fill_arena (fill,); positions (full + fill,);
     cells (parts of all its segments, full + fill); evaluated (evaluations,), into the full rows.
@@ -36,7 +36,7 @@ class PassTensors:
             cells = np.concatenate([each.full.cells for each in segments])
 
         def put(numbers: IntArray) -> Tensor:
-            return torch.from_numpy(numbers).to(device)
+            return torch.from_numpy(np.ascontiguousarray(numbers)).to(device)
 
         return cls(
             tokens=put(batch.tokens),

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from drex.compute import native
 from drex.compute.decoder import Decoder
 from drex.compute.drawing import Reductions
 from drex.compute.heads import ExitHead
@@ -18,7 +19,7 @@ from drex.compute.transfer import Mark
 from drex.control.plan import NOTHING, Evaluations, Pass, Verdicts
 from drex.control.slots import SlotLayout
 
-KERNELS = ("auto", "torch", "triton")
+KERNELS = ("auto", "torch", "native", "triton")
 GRAPH_ROWS = 512
 """Rows of the largest pass that replays a CUDA graph: beyond, launching takes less time than running."""
 GRAPH_FILLS = 256
@@ -56,12 +57,13 @@ class SegmentRunner:
         arena_rows: hidden states that can wait between segments.
         seats: requests that run.
         max_length: positions a request may reach.
-        kernels: `torch`, `triton`, or `auto`: Triton's on a GPU.
+        kernels: `torch`; `triton`; `native`, in C++ for a CPU; or `auto`: Triton's on a GPU, and on a CPU the native
+            ones where they are installed.
         largest_graph: up to so many rows, and rows that only write K/V, passes replay CUDA graphs where there is a
             GPU; None for no graphs.
 
     Attributes:
-        kernels: `torch` or `triton`.
+        kernels: `torch`, `native` or `triton`.
 
     Raises:
         ValueError: kernels that can't be had.
@@ -143,16 +145,25 @@ class SegmentRunner:
 
 
 def pick_kernels(asked: str, decoder: Decoder) -> str:
-    """`torch` or `triton`.
+    """`torch`, `native` or `triton`.
 
     Raises:
-        ValueError: unknown ones, or Triton's for a dtype that they don't have or where there is no Triton.
+        ValueError: unknown ones, or those that are missing here or don't take the decoder's dtype or device.
     """
     if asked not in KERNELS:
         raise ValueError(f"kernels {asked!r}: choose one of {', '.join(KERNELS)}")
-    fits = decoder.dtype in TRITON_DTYPES
+    device, dtype = decoder.device, decoder.dtype
+    fits, native_fits = dtype in TRITON_DTYPES, native.fits(device, dtype)
     if asked == "auto":
-        return "triton" if fits and decoder.device.type == "cuda" else "torch"
+        if fits and device.type == "cuda":
+            return "triton"
+        return "native" if native_fits else "torch"
+    if asked == "native" and native.missing is not None:
+        raise ValueError(
+            f"kernels 'native' are not installed ({native.missing}): install drex again where there is a C++ compiler"
+        )
+    if asked == "native" and not native_fits:
+        raise ValueError("kernels 'native' compute on a CPU, in float32 or bfloat16: use kernels='torch'")
     if asked == "triton" and not fits:
         raise ValueError("Triton's kernels have no float64: use kernels='torch', or another dtype")
     return asked
@@ -161,6 +172,11 @@ def pick_kernels(asked: str, decoder: Decoder) -> str:
 def _backend(machinery: Machinery, kernels: str, largest_graph: tuple[int, int] | None) -> tuple[Layers, Reductions]:
     if kernels == "torch":
         return ReferenceLayers(machinery), TorchReductions()
+    if kernels == "native":
+        from drex.compute.native.layers import NativeLayers
+        from drex.compute.native.reductions import NativeReductions
+
+        return NativeLayers(machinery), NativeReductions()
     try:
         from drex.compute.fused import FusedLayers
         from drex.compute.kernels.check import FusedReductions

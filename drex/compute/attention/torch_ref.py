@@ -45,9 +45,13 @@ class TorchAttention:
         tables: that have heard of the pass's fresh entries, at all segments.
         batch: the pass; the full rows of its spans lie one after the other in the queries.
         heads, kv_heads: of the decoder.
+        shortest: rows; spans of fewer are left to others.
     """
 
-    def __init__(self, pool: KVPool, tables: KVTables, batch: Pass, heads: int, kv_heads: int) -> None:
+    def __init__(
+        self, pool: KVPool, tables: KVTables, batch: Pass, heads: int, kv_heads: int, shortest: int = 1
+    ) -> None:
+        self._shortest = shortest
         self.pool, self.heads, self.kv_heads, self.group = pool, heads, kv_heads, heads // kv_heads
         # torch's products of one row in 16 bit take 3 to 4 times as long on a CPU as widening K/V and doing it in 32.
         self._widened = self.group == 1 and pool.keys.device.type == "cpu" and pool.keys.dtype.itemsize == 2
@@ -71,7 +75,7 @@ class TorchAttention:
         for size, stop, length, seat, run, single, starts in zip(
             *(column.tolist() for column in columns), first_cells.T.tolist(), strict=True
         ):
-            if size:
+            if size >= self._shortest:
                 start = stop - size
                 mask = None if single else _mask(batch.visible[start:stop], length, self.pool.keys)
                 folded = mask is not None and self.group > 1 and size <= FOLDED
@@ -90,17 +94,21 @@ class TorchAttention:
         own = ~tables.aliased[segment][seat, :length]
         return [(part, own) for part in tables.cells[segment][:, seat, :length].unbind(0)]
 
-    def forward(self, part: int, plane: int, queries: Tensor) -> Tensor:
-        """Of a layer: its part, counted through all segments of the pass, and its place there.
+    def forward(self, part: int, plane: int, queries: Tensor, out: Tensor | None = None) -> Tensor:
+        """Attention of one layer.
 
-        Shapes: queries (rows, heads, head_dim) -> (rows, heads * head_dim).
+        Args:
+            part, plane: the layer's part, counted through all segments of the pass, and its place there.
+            queries: (rows, heads, head_dim).
+            out: (rows, heads * head_dim) to write to; rows of spans that are left to others are not written.
         """
         readers, number = self._parts[part]
         rows, _, head_dim = queries.shape
         # The query heads of a group share K/V: for a single row they are its group's queries, and no mask is needed.
         grouped = queries.reshape(rows, 1, self.kv_heads, self.group, head_dim)
         single = grouped.unbind(0)
-        out = []
+        if out is None:
+            out = queries.new_empty(rows, self.heads * head_dim)
         for reader in readers:
             k, v = self._keys_values(reader, number, plane)
             if reader.folded:
@@ -113,8 +121,8 @@ class TorchAttention:
                 attended = F.scaled_dot_product_attention(
                     q, k, v, attn_mask=reader.mask, is_causal=causal, enable_gqa=self.group > 1
                 ).transpose(1, 2)
-            out.append(attended.reshape(-1, self.heads * head_dim))
-        return torch.cat(out) if out else queries.new_empty(0, self.heads * head_dim)
+            out[reader.start : reader.stop] = attended.reshape(-1, self.heads * head_dim)
+        return out
 
     def _of_one(self, query: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._widened:
