@@ -125,7 +125,7 @@ def test_other_dtypes_stay_as_they_are(dtype):
     assert product.weight.data_ptr() == weight.data_ptr()
 
 
-def test_the_fastest_kernel_of_a_shape_is_found_once_and_taken_for_all_its_weights(monkeypatch):
+def test_the_fastest_kernel_of_a_shape_is_found_once_and_taken_for_all_its_weights(monkeypatch, tmp_path):
     tried = []
     seconds = {"usual": 1.0, "other": 0.6, "plain": 2.0}
     made = {name: lambda weight, bias, name=name: name for name in seconds}
@@ -134,6 +134,7 @@ def test_the_fastest_kernel_of_a_shape_is_found_once_and_taken_for_all_its_weigh
         tried.append((sorted(products), tuple(weight.shape)))
         return {name: seconds[name] for name in products}
 
+    monkeypatch.setenv("DREX_CACHE", str(tmp_path))
     monkeypatch.setattr(linear_module, "KERNELS", made)
     monkeypatch.setattr(linear_module, "_least_seconds", measure)
     products = Products(CPU, torch.float32, ("usual", "other", "plain"))
@@ -142,10 +143,14 @@ def test_the_fastest_kernel_of_a_shape_is_found_once_and_taken_for_all_its_weigh
     # With a part of the weight, and small ones not at all.
     assert tried == [(["other", "plain", "usual"], (1024, 1024))]
     seconds["other"] = 0.75
+    assert Products(CPU, torch.float32, ("usual", "other", "plain")).linear(large) == "other", "kept since then"
+    assert len(tried) == 1
+    (tmp_path / "products.json").write_text("no json")
     assert Products(CPU, torch.float32, ("usual", "other")).linear(large) == "usual", "hardly faster is not enough"
 
 
-def test_a_weight_that_stays_as_it_is_among_packed_ones_has_memory_of_its_own(monkeypatch):
+def test_a_weight_that_stays_as_it_is_among_packed_ones_has_memory_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("DREX_CACHE", str(tmp_path))
     monkeypatch.setattr(
         linear_module, "_least_seconds", lambda products, _: {name: name != "plain" for name in products}
     )

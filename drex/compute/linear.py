@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from drex.cache import cache_folder, keep, read_kept
+from drex.compute.device import device_name
+
 MKL_ROWS = 128
 """Rows of x that MKL lays a weight out for. Any number can be multiplied; far more than these, a little slower."""
 TRIED_ROWS = (1, 8, 32)
@@ -146,11 +149,15 @@ class Products:
 
     Attributes:
         chosen: kernels by shape of the weight, of the shapes so far.
+
+    What was found fastest is kept in the cache folder, so that a model has the same kernels at every start.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, kernels: tuple[str, ...] | None = None) -> None:
         self.kernels = kernels_for(device, dtype) if kernels is None else kernels
         self.chosen: dict[tuple[int, int], str] = {}
+        threads = torch.get_num_threads()
+        self._key = f"{device_name(device)}, {threads} threads, torch {torch.__version__}, {dtype}, {self.kernels}"
 
     @property
     def packs(self) -> bool:
@@ -180,6 +187,18 @@ class Products:
         usual, *others = self.kernels
         if not others or weight.numel() < TRIED_FROM:
             return usual
+        path, key = cache_folder() / "products.json", f"{self._key}, {tuple(weight.shape)}"
+        kept = read_kept(path, "the fastest kernels")
+        kept = kept if isinstance(kept, dict) else {}
+        if kept.get(key) not in self.kernels:
+            kept[key] = self._measured(weight)
+            keep(path, kept, "the fastest kernel of a product")
+        found: str = kept[key]
+        return found
+
+    def _measured(self, weight: Tensor) -> str:
+        """The kernel that is fastest now."""
+        usual = self.kernels[0]
         part = weight[: max(1, TRIED_AT_MOST // weight.shape[1])]
         seconds = _least_seconds({name: KERNELS[name](part, None) for name in self.kernels}, part)
         best = min(seconds, key=lambda name: seconds[name])

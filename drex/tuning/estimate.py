@@ -28,10 +28,10 @@ MANY_ROWS = 64
 REPEATS = 3
 ENOUGH_SECONDS = 0.1
 """An action is not repeated any more when its runs have taken this long: a busy machine must not delay the start."""
-OPERATORS_PER_LAYER = 16
-"""Operators that a layer calls in the reference backend beside its products: norms, rotary, K/V, activation."""
-OPERATORS_PER_REQUEST = 4
-"""Operators that a layer calls for the attention of one request in the reference backend."""
+OPERATORS_PER_LAYER = {"torch": 16.0, "triton": 16.0, "native": 8.0}
+"""By kernels: what a layer takes beside its products and the reading of K/V, in calls of a small torch operator."""
+OPERATORS_PER_REQUEST = {"torch": 4.0, "triton": 4.0, "native": 0.5}
+"""The same for a layer's attention of one more request."""
 GRAPH_LAUNCH_SECONDS = 6e-5
 """A pass with nothing to do on a GPU: one graph launch and the copy back, assumed."""
 COPIED_BYTES = 2**27
@@ -60,7 +60,7 @@ def estimate(runner: SegmentRunner, threads: int | None = None) -> Profile:
     found = {}
     for count in sorted({1, max(1, most // 2), most}) if threads is None else [threads]:
         torch.set_num_threads(count)
-        found[count] = Profile(roofline(_cpu_rates(runner.decoder), sizes, lengths), count, "estimated", OWN_COST)
+        found[count] = Profile(roofline(_cpu_rates(runner), sizes, lengths), count, "estimated", OWN_COST)
     best = min(found, key=lambda count: _full_depth_seconds(found[count]))
     torch.set_num_threads(best)
     return found[best]
@@ -91,8 +91,9 @@ def _full_depth_seconds(profile: Profile) -> float:
 
 
 @torch.inference_mode()
-def _cpu_rates(decoder: Decoder) -> Rates:
+def _cpu_rates(runner: SegmentRunner) -> Rates:
     """The rates of the CPU with the present number of threads."""
+    decoder = runner.decoder
 
     def bytes_per_second(rows: int, least: int) -> float:
         """The rate at which weights of `least` bytes are multiplied with rows."""
@@ -108,8 +109,8 @@ def _cpu_rates(decoder: Decoder) -> Rates:
     return Rates(
         bandwidth=bytes_per_second(1, MEASURED_BYTES),
         compute=2 * MANY_ROWS * bytes_per_second(MANY_ROWS, MULTIPLIED_BYTES) / decoder.dtype.itemsize,
-        layer_seconds=OPERATORS_PER_LAYER * operator,
-        request_seconds=OPERATORS_PER_REQUEST * operator,
+        layer_seconds=OPERATORS_PER_LAYER[runner.kernels] * operator,
+        request_seconds=OPERATORS_PER_REQUEST[runner.kernels] * operator,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from drex.cache import cache_folder, keep, read_kept
 from drex.compute.device import device_name
 from drex.compute.segments import SegmentRunner
 from drex.config import EngineConfig, ExitPlan
@@ -28,16 +29,8 @@ log = logging.getLogger(__name__)
 MEASURE, MEASURED, NOMINAL = "measure", "measured", "nominal"
 """Choices beside a profile and its file: measure now; the kept one, or else measure now; a made-up machine."""
 FRESH_SECONDS = 30 * 86_400.0
-REVISION = 5
+REVISION = 6
 """Raised whenever a change of drex makes passes cost something else."""
-
-
-def cache_folder() -> Path:
-    """Where profiles are kept: `$DREX_CACHE`, or drex's folder in the user's cache."""
-    chosen = os.environ.get("DREX_CACHE")
-    if chosen:
-        return Path(chosen) / "profiles"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drex" / "profiles"
 
 
 def obtain(
@@ -129,27 +122,21 @@ def find(key: dict[str, Any]) -> Profile | None:
     try:
         if time.time() - path.stat().st_mtime > FRESH_SECONDS:
             return None
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return Profile.from_dict(found["profile"]) if found["key"] == key else None
-    except FileNotFoundError:
+    except OSError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    found = read_kept(path, "the profile")
+    try:
+        return Profile.from_dict(found["profile"]) if found and found["key"] == key else None
+    except (ValueError, KeyError, TypeError) as error:
         log.warning("ignoring the profile in %s: %s", path, error)
         return None
 
 
 def store(key: dict[str, Any], profile: Profile) -> None:
-    """Keep a profile; a cache that can't be written is no reason to stop."""
-    path = _path(key)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps({"key": key, "profile": profile.to_dict()}), encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        log.warning("the profile was not kept: %s", error)
+    """Keep a profile."""
+    keep(_path(key), {"key": key, "profile": profile.to_dict()}, "the profile")
 
 
 def _path(key: dict[str, Any]) -> Path:
     text = json.dumps(key, sort_keys=True)
-    return cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    return cache_folder() / "profiles" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
