@@ -1,7 +1,7 @@
 // What verdicts are made of, in one read of the logits. Included as vectors.h is.
 
 // Shapes: logits (rows, vocab) -> out (COLUMNS, rows): the token of the largest logit (the first of equal ones), that
-// logit, the second largest, log sum exp, and the mean of the logits under their own distribution.
+// logit, the second largest, log sum exp, and the mean of the logits under their own distribution. A logit that is no number makes the sum none.
 template <typename Number> void summarise(const void *logits, double *out, long rows, long vocab) {
 #pragma omp parallel for if (rows * vocab > FEW_NUMBERS)
     for (long row = 0; row < rows; ++row) {
@@ -12,16 +12,14 @@ template <typename Number> void summarise(const void *logits, double *out, long 
         for (long begin = 0; begin < vocab; begin += BLOCK) {
             const long size = vocab - begin < BLOCK ? vocab - begin : BLOCK;
             float numbers[BLOCK];
-            Vector most = all(-INFINITY), next = most, broken = all(0);
+            Vector most = all(-INFINITY), next = most;
             for (long at = 0; at < size; at += LANES) {
                 Vector x = load(here + begin + at, size - at);
                 for (long lane = size - at; lane < LANES; ++lane) x[lane] = -INFINITY;
                 store(numbers + at, x);
-                broken += x != x ? x : all(0);
                 next = larger(next, smaller(most, x));
                 most = larger(x, most);
             }
-            total += sum(broken);  // which makes it NaN if a logit is
             const float top = largest(most);
             bool counted = false;
             for (int lane = 0; lane < LANES; ++lane) {

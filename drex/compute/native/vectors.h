@@ -40,11 +40,10 @@ INLINE void store(float *to, Vector x, long count = LANES) {
         memcpy(to, &x, count * sizeof *to);
 }
 
-// Rounded to the nearest, ties to even; NaN stays NaN.
+// Rounded to the nearest, ties to even. NaN stays NaN, since none that comes from bfloat16 has low bits to carry.
 INLINE void store(bfloat16 *to, Vector x, long count = LANES) {
-    Bits bits = (Bits)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    rounded = x != x ? rounded * 0 + 0x7fc0 : rounded;
-    Upper upper = __builtin_convertvector(rounded, Upper);
+    const Bits bits = (Bits)x;
+    const Upper upper = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Upper);
     if (count >= LANES)
         memcpy(to, &upper, sizeof upper);
     else
