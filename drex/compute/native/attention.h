@@ -58,8 +58,8 @@ INLINE void attend_tile(const Tile<Number> &tile, const Number *keys, const Numb
 }
 
 template <int count, typename Number>
-void attend_counted(const Tile<Number> &tile, const Number *keys, const Number *values, const long *offsets, long entries,
-                    float *scores, float scale, long width) {
+void attend_counted(const Tile<Number> &tile, const Number *keys, const Number *values, const long *offsets,
+                    long entries, float *scores, float scale, long width) {
     // The usual widths are compiled as constants.
     if (width == 64)
         attend_tile<count>(tile, keys, values, offsets, entries, scores, scale, 64);

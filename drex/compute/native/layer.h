@@ -10,8 +10,9 @@ void add_norm(void *x_, const void *delta_, const void *weight_, float eps, void
         Number *here = x + row * width, *to = out + row * width;
         Vector squares = all(0);
         for (long at = 0; at < width; at += LANES) {
-            if (delta) store(here + at, load(here + at, width - at) + load(delta + row * width + at, width - at), width - at);
-            const Vector number = load(here + at, width - at);
+            const long count = width - at;
+            if (delta) store(here + at, load(here + at, count) + load(delta + row * width + at, count), count);
+            const Vector number = load(here + at, count);
             squares += number * number;
         }
         const float scale = 1.0f / sqrtf(sum(squares) / width + eps);

@@ -1,7 +1,8 @@
 // What verdicts are made of, in one read of the logits. Included as vectors.h is.
 
 // Shapes: logits (rows, vocab) -> out (COLUMNS, rows): the token of the largest logit (the first of equal ones), that
-// logit, the second largest, log sum exp, and the mean of the logits under their own distribution. A logit that is no number makes the sum none.
+// logit, the second largest, log sum exp, and the mean of the logits under their own distribution. A logit that is no
+// number makes the sum none.
 template <typename Number> void summarise(const void *logits, double *out, long rows, long vocab) {
 #pragma omp parallel for if (rows * vocab > FEW_NUMBERS)
     for (long row = 0; row < rows; ++row) {

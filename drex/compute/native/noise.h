@@ -29,7 +29,8 @@ void draw(const void *logits, const float *peaks, const float *temperatures, con
             const Vector scaled = (load(here + at, vocab - at) - peaks[row]) / temperatures[row];
             const Hashes states = mix(steps + (key + golden * at));
             // The upper half of what u lacks to 1, never too large.
-            const Vector lacking = __builtin_convertvector(__builtin_convertvector(~states >> 33, Whole), Vector) * 0x1p-31f;
+            const Whole upper = __builtin_convertvector(~states >> 33, Whole);
+            const Vector lacking = __builtin_convertvector(upper, Vector) * 0x1p-31f;
             const Vector bound = exponential(scaled - (float)best) * 1.001f;
             const Whole possible = lacking * 0.999f < bound;
             for (int lane = 0; lane < LANES && at + lane < vocab; ++lane) {
