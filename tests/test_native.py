@@ -252,10 +252,11 @@ def test_they_are_the_usual_kernels_on_a_cpu_for_the_numbers_that_they_take(mode
         chosen("native", torch.float64)
 
 
-def test_without_them_torch_serves_and_asking_for_them_says_what_to_do(models, monkeypatch):
+def test_without_them_torch_serves_and_asking_for_them_says_what_to_do(models, monkeypatch, caplog):
     monkeypatch.setattr(native, "missing", "no module named _kernels")
     llm = LLM(models["llama"], dtype="float32", profile="nominal")
     assert llm.engine.executor.runner.kernels == "torch"
+    assert "the C++ kernels are not installed" in caplog.text
     with pytest.raises(ValueError, match=r"not installed .*: install drex again where there is a C\+\+ compiler"):
         LLM(models["llama"], dtype="float32", profile="nominal", kernels="native")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from drex.compute.transfer import Mark
 from drex.control.plan import NOTHING, Evaluations, Pass, Verdicts
 from drex.control.slots import SlotLayout
 
+log = logging.getLogger(__name__)
 KERNELS = ("auto", "torch", "native", "triton")
 GRAPH_ROWS = 512
 """Rows of the largest pass that replays a CUDA graph: beyond, launching takes less time than running."""
@@ -157,6 +159,12 @@ def pick_kernels(asked: str, decoder: Decoder) -> str:
     if asked == "auto":
         if fits and device.type == "cuda":
             return "triton"
+        if native.missing is not None and device.type == "cpu" and dtype in native.DTYPES:
+            log.warning(
+                "the C++ kernels are not installed, so that a CPU is up to half as fast (%s): install a C++ compiler, "
+                "then drex again",
+                native.missing,
+            )
         return "native" if native_fits else "torch"
     if asked == "native" and native.missing is not None:
         raise ValueError(
