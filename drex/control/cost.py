@@ -145,7 +145,7 @@ class CostModel:
 
     def predict_through(self, load: Load) -> float:
         """Seconds that a pass over all segments will take; the head at its end is evaluated."""
-        return self._one_by_one(load) * math.exp(self._through.at(float(load.rows)))
+        return self._one_by_one(load) * math.exp(self._through.at_one(load.rows))
 
     def predict_parts(self, parts: Sequence[tuple[int, Load]]) -> float:
         """Seconds of a pass over these segments, with their loads: the engine's own time comes once."""
@@ -200,4 +200,4 @@ class CostModel:
 
     def _correction(self, segment: int, rows: int) -> float:
         """Logarithm of the factor on a prediction for passes of that size."""
-        return self._machine + float(self._corrections[segment].at(float(rows)))
+        return self._machine + self._corrections[segment].at_one(rows)

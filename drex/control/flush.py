@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,8 +38,7 @@ ENOUGH = 64
 """Passes that tell what checking exits earns, after as many that don't: costs and drafts are learnt first."""
 
 
-@dataclass(frozen=True)
-class Waiting:
+class Waiting(NamedTuple):
     """What stands where: `ready` requests before segment 0; live rows and the fills they owe at each segment (0: 0).
 
     `chances` are how likely the rows of the ready ones are to be of use, descending; None: all surely are.
@@ -239,10 +238,10 @@ class FlushRule:
 
     def full_step(self, decoding: int) -> float:
         """What a token takes at full depth with so many decoding, all segments at once, as of the last refresh."""
-        return self._one_by_one(decoding) * float(self._at_once[min(decoding, len(self._at_once) - 1)])
+        return self._one_by_one(decoding) * self._at_once.item(min(decoding, len(self._at_once) - 1))
 
     def _one_by_one(self, decoding: int) -> float:
-        return float(self._full[min(decoding, len(self._full) - 1)])
+        return self._full.item(min(decoding, len(self._full) - 1))
 
     def _full_rate(self) -> float:
         """Tokens a second at full depth at this load, segment by segment, which all gains are measured by."""
