@@ -303,6 +303,10 @@ class Request:
             return False
         return confidence >= self.rule.bar(exit_index, number, self.max_tokens)
 
+    def bars(self, number: int) -> tuple[float, ...]:
+        """The confidence that each exit point asks of output token `number`, from 0; infinite where it can't exit."""
+        return self.rule.bars(number, self.params.max_tokens)
+
     def ends(self, token: int, number: int) -> bool:
         """Whether a token that comes as output `number`, from 1, ends the text."""
         return number >= self.params.min_tokens and token in self.end_token_ids

@@ -110,7 +110,7 @@ class Selection:
         waiting, most = standing.buffers[segment], self.config.max_num_batched_tokens
         if not choice.fills and not len(standing.urgent[segment]):
             counts = pending[waiting]
-            if int(np.add.reduce(counts)) <= most:
+            if counts.sum() <= most:
                 return waiting, counts
         order = [waiting[np.argsort(self.seats.since[waiting], kind="stable")], standing.urgent[segment]]
         if choice.fills:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
 from drex.control.plan import BoolArray, IntArray
 from drex.control.seats import Seats
 
@@ -38,20 +36,24 @@ class Standing(NamedTuple):
     def of(cls, seats: Seats) -> Standing:
         """Look at all seats."""
         reached, settled = seats.reached, seats.settled
-        pending = reached[:-1] - reached[1:]
-        # The first row that is not settled stands at position settled - 1.
-        decoding = seats.idle & (settled > seats.prompt) & (reached[1] >= settled - 1)
-        arrived = [decoding & (pending[0] > 0)]
+        pending, decoding = reached[:-1] - reached[1:], seats.idle & seats.decodes
+        starts = decoding & (pending[0] > 0)
         if seats.having["drafting"]:
-            arrived[0] &= ~seats.ended
-        for segment in range(1, seats.segments):
-            arrived.append(decoding & (reached[segment] >= settled) & (reached[segment + 1] < settled))
-        ready, *buffers = [waits.nonzero()[0] for waits in arrived]
-        catching_up, nobody = seats.idle ^ decoding, ready[:0]
+            starts &= ~seats.ended
+        ready = starts.nonzero()[0]
+        nobody = ready[:0]
+        # The first row that is not settled has come to a segment where as many positions have as are settled. It is
+        # decided, and settled, when it has passed the last.
+        came = decoding & (reached[1:-1] >= settled)
+        if seats.segments > 2:
+            came[:-1] &= ~came[1:]
+        buffers = [waits.nonzero()[0] for waits in came]
         urgent = [nobody] * seats.segments
-        if np.count_nonzero(catching_up):
+        if seats.catching_up:
+            catching_up = seats.idle ^ decoding
             urgent = [(catching_up & (rows > 0)).nonzero()[0] for rows in pending]
-        further = [int(pending[s][decoding].sum()) - len(waits) for s, waits in enumerate(buffers, 1)]
+        pending_there = (pending @ decoding).tolist()
+        further = [rows - len(waits) for rows, waits in zip(pending_there[1:], buffers, strict=True)]
         return cls(pending, decoding, ready, [nobody, *buffers], urgent, [0, *further])
 
     def fills(self, segment: int) -> int:
