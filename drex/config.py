@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import Any
 
 from drex.checkpoint import (
@@ -133,13 +132,7 @@ class ExitRule:
 
     def bars(self, output_index: int, max_tokens: int) -> tuple[float, ...]:
         """As `bar`, of all exits."""
-        if self.schedule == "constant":
-            return self._constant_bars
         return tuple([self.bar(exit_index, output_index, max_tokens) for exit_index in range(len(self.thresholds))])
-
-    @cached_property
-    def _constant_bars(self) -> tuple[float, ...]:
-        return tuple([self.bar(exit_index, 0, 1) for exit_index in range(len(self.thresholds))])
 
     @property
     def never(self) -> bool:

@@ -79,7 +79,8 @@ class Decisions:
             rows, of, positions, places = rows[open_], of[open_], positions[open_], places[open_]
         unasked = 0
         if final:
-            thresholds = np.full(len(rows), np.nan)
+            thresholds = np.empty(len(rows))
+            thresholds.fill(np.nan)
         else:
             thresholds = self._thresholds(segment, of, positions)
             barred = np.isnan(thresholds)
@@ -117,7 +118,7 @@ class Decisions:
     def _thresholds(self, segment: int, owners: IntArray, positions: IntArray) -> FloatArray:
         """Of rows that are not settled, at the exit after a segment."""
         seats = self.seats
-        thresholds: FloatArray = seats.threshold[segment, owners]
+        thresholds: FloatArray = seats.threshold[segment][owners]
         if not seats.having["decaying"]:
             return thresholds
         for row in (seats.decaying[owners] & (positions >= seats.settled[owners])).nonzero()[0].tolist():
@@ -257,13 +258,20 @@ class Decisions:
 
     def _decided(self, depth: int, asked: Asked, verdicts: Verdicts, numbers: IntArray) -> Decided:
         """Some evaluations, with what the columns know of them now."""
-        seats, of = self.seats, asked.seats[numbers]
-        places, live = asked.places[numbers], int(numbers.searchsorted(asked.live))
-        passed = seats.confidence.reshape(seats.segments - 1, seats.depth.size)[:depth].take(places, axis=1)
+        seats, of, positions = self.seats, asked.seats[numbers], asked.evaluations.positions[numbers]
+        live = len(numbers) if asked.live == len(asked.seats) else int(numbers.searchsorted(asked.live))
+        passed = seats.confidence_at(asked.places[numbers])[:depth]
         if seats.having["lossless"]:
             # No exit decides anything there.
             passed[:, seats.lossless[of[:live]].nonzero()[0]] = np.nan
         requests: list[Request] = seats.requests[of].tolist()
         tokens: list[int] = verdicts.tokens[numbers].tolist()
-        positions = asked.evaluations.positions[numbers]
-        return Decided(verdicts, depth, live, numbers, of, positions, requests, tokens, passed)
+        bars = seats.bars.take(of, axis=1)
+        if seats.having["decaying"]:
+            for row in seats.decaying[of[:live]].nonzero()[0].tolist():
+                bars[:, row] = requests[row].bars(int(positions[row]) + 1 - len(requests[row].prompt))
+        for row in range(live, len(requests)):
+            rule, length = requests[row].score_rule, len(requests[row].prompt)
+            assert rule is not None
+            bars[:, row] = rule.bars(int(positions[row]), length)
+        return Decided(verdicts, depth, live, numbers, of, positions, requests, tokens, passed, bars)

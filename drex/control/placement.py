@@ -98,7 +98,9 @@ class Placement:
         span, positions = ragged(starts, stops)
         rows = seats if len(span) == len(seats) else seats[span]
         places, table = self.seats.places(rows, positions), self.pool.tables[segment]
-        arena = self._enter(seats, stops, places) if segment == 0 else self._arena(places)
+        if segment == 0:
+            self._claim(seats, stops, rows, positions)
+        arena = self._arena(segment, places)
         if segment == 0 or self.kv_fill == "recompute" or (runs := self.seats.depth.take(places) > segment).all():
             return self._all_run(segment, seats, stops - starts, rows, positions, places, arena)
         sizes, running = np.bincount(span[runs], minlength=len(seats)), places[runs]
@@ -150,16 +152,17 @@ class Placement:
         span, positions = ragged(starts, stops)
         return bool((known.depth[seats[span], positions] == self.segments).all())
 
-    def _arena(self, places: IntArray) -> IntArray:
-        return self.arena.rows(places) if self.segments > 1 else np.zeros_like(places)
+    def _arena(self, segment: int, places: IntArray) -> IntArray:
+        """The rows of the arena that positions have; they get them as they come to segment 0."""
+        if self.segments == 1:
+            return np.zeros_like(places)
+        return self.arena.rows(places) if segment else self.arena.take(places)
 
-    def _enter(self, seats: IntArray, stops: IntArray, places: IntArray) -> IntArray:
-        """Positions come to segment 0: their slots are claimed. Returns the rows of the arena that they get."""
-        before = self.seats.claimed_length[seats]
-        after = np.maximum(before, stops)
-        self.pool.claim(int((after - before).sum()) * self.slots_per_token)
-        self.seats.claimed_length[seats] = after
-        return self.arena.take(places) if self.segments > 1 else np.zeros_like(places)
+    def _claim(self, seats: IntArray, stops: IntArray, rows: IntArray, positions: IntArray) -> None:
+        """Claim the slots of positions that come to segment 0, where they aren't claimed yet."""
+        lengths = self.seats.claimed_length
+        self.pool.claim(int(np.count_nonzero(positions >= lengths[rows])) * self.slots_per_token)
+        lengths[seats] = np.maximum(lengths[seats], stops)
 
     def _append_some(
         self, segment: int, seats: IntArray, span: IntArray, positions: IntArray, runs: BoolArray

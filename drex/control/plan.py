@@ -259,5 +259,5 @@ def ragged(starts: IntArray, stops: IntArray) -> tuple[IntArray, IntArray]:
     sizes = stops - starts
     if np.count_nonzero(sizes == 1) == len(sizes):
         return np.arange(len(sizes)), starts
-    which = np.repeat(np.arange(len(sizes)), sizes)
-    return which, np.arange(len(which)) - np.repeat(sizes.cumsum() - sizes - starts, sizes)
+    which = np.arange(len(sizes)).repeat(sizes)
+    return which, np.arange(len(which)) + (stops - sizes.cumsum())[which]

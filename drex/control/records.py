@@ -27,6 +27,7 @@ class Decided(NamedTuple):
         requests, tokens: theirs.
         passed: what the exit points so far said of each, NaN where they weren't asked or decide nothing.
             (exit points passed, rows).
+        bars: what confidences have to reach. (exit points, rows).
     """
 
     verdicts: Verdicts
@@ -38,9 +39,12 @@ class Decided(NamedTuple):
     requests: list[Request]
     tokens: list[int]
     passed: FloatArray
+    bars: FloatArray
 
     def records(self) -> list[TokenRecord]:
         """Of each row, given that it is decided at that depth."""
+        if not self.requests:
+            return []
         verdicts, numbers = self.verdicts, self.numbers
         tops: Iterable[tuple[tuple[int, float], ...]] = repeat(())
         if verdicts.tops:
@@ -59,22 +63,11 @@ class Decided(NamedTuple):
         """The exit checks of each row, with the thresholds in force."""
         if not len(self.passed):
             return repeat(())
-        bars = self._bars()
         by_exit = [
-            map(_check, zip(repeat(exit_index), confidences, [each[exit_index] for each in bars], strict=False))
-            for exit_index, confidences in enumerate(self.passed.tolist())
+            map(_check, zip(repeat(exit_index), *columns, strict=False))
+            for exit_index, columns in enumerate(zip(self.passed.tolist(), self.bars.tolist(), strict=False))
         ]
         checks = zip(*by_exit, strict=True)
         if not np.count_nonzero(np.isnan(self.passed)):
             return checks
         return [tuple([each for each in row if each.confidence == each.confidence]) for row in checks]
-
-    def _bars(self) -> list[tuple[float, ...]]:
-        """What the confidence of each row has to reach, at each exit point."""
-        requests, live = self.requests, self.live
-        rows = zip(requests[:live], self.positions.tolist(), strict=False)
-        bars = [request.bars(position + 1 - len(request.prompt)) for request, position in rows]
-        for request, position in zip(requests[live:], self.positions[live:].tolist(), strict=True):
-            assert request.score_rule is not None
-            bars.append(request.score_rule.bars(position, len(request.prompt)))
-        return bars

@@ -47,7 +47,8 @@ class Seats:
         due: when the next token is due; pace: the target for each. Seconds, infinite where there is none. paced:
             whether there is a target.
         threshold: of the first row that is not settled at each exit; NaN where it may not exit. (segments - 1, seats).
-        decaying: whether later rows have other thresholds.
+        bars: what the confidence of any row has to reach at each exit, unless `decaying`: whether later rows have
+            other thresholds. Infinite where the exit can't be taken. (segments - 1, seats).
         scored: whether prompt rows are measured; patient: whether any of its rules counts agreeing exits.
         measured: whether a prompt row of a scored request has been measured. (seats, room).
         fewest, most: output tokens before which no end comes, and with which the text ends anyway.
@@ -79,6 +80,7 @@ class Seats:
         self.pace: FloatArray = np.full(seats, np.inf)
         self.paced: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.threshold: FloatArray = np.full((segments - 1, seats), np.nan)
+        self.bars: FloatArray = np.full((segments - 1, seats), np.inf)
         self.decaying: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.scored: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.patient: BoolArray = np.zeros(seats, dtype=np.bool_)
@@ -114,7 +116,7 @@ class Seats:
     @property
     def decoding(self) -> int:
         """Requests that have a token."""
-        return int(np.count_nonzero(self.settled > self.prompt))
+        return int(np.count_nonzero(self.settled > self.prompt)) if self.catching_up else len(self)
 
     def sit(self, request: Request) -> int:
         """Give a request a seat; it starts from its record, with no K/V."""
@@ -130,6 +132,7 @@ class Seats:
         self.due[seat], self.pace[seat] = request.due, pace(request.params)
         self.paced[seat] = self.pace[seat] < np.inf
         self.decaying[seat] = request.rule.schedule != "constant"
+        self.bars[:, seat] = request.bars(1)
         self.scored[seat] = request.score_rule is not None
         self.fewest[seat], self.most[seat] = request.params.min_tokens, request.max_tokens
         self.ends[seat], self.draws[seat] = request.end_token_ids, request.draws
@@ -175,6 +178,10 @@ class Seats:
         out: IntArray = seats * self.room
         out += positions
         return out
+
+    def confidence_at(self, places: IntArray) -> FloatArray:
+        """What each exit said of positions. Shape: (segments - 1, rows)."""
+        return self.confidence.reshape(self.segments - 1, self.depth.size).take(places, axis=1)
 
     def caught_up(self, seats: IntArray) -> None:
         """Prompts or replays have come further: note who decodes now."""

@@ -85,12 +85,10 @@ class SegmentTables:
         return own
 
     def put(self, seats: IntArray, entries: IntArray, cells: IntArray) -> None:
-        """Set entries, ascending in each seat. Shapes: seats and entries (rows,), cells (parts, rows) or (rows,)."""
+        """Note where entries are. Shapes: seats and entries (rows,), cells (parts, rows) or (rows,)."""
         if self.scattered:
             noted = ~self.in_run[seats]
             self._cells[:, seats[noted], entries[noted]] = cells[..., noted]
-        # Own entries and aliases of one span come one after the other, whichever is last.
-        self.counts[seats] = np.maximum(self.counts[seats], entries + 1)
 
     def set_in_run(self, seat: int, in_run: bool) -> None:
         """Note whether the entries of a request lie in a run."""
@@ -204,15 +202,20 @@ class SlotPool:
             table.leave_runs(seats[~there.all(0)])
         self._cells_in_use += cells.size
         table.put(seats, entries, cells)
+        table.counts[seats] = entries + 1
         return cells
 
     def append_aliases(self, segment: int, seats: IntArray, entries: IntArray, cells: IntArray) -> None:
-        """Add entries that read, at every layer of this segment, the last layer of another part's cells (rows,)."""
+        """Add entries that read, at every layer of this segment, the last layer of another part's cells (rows,).
+
+        They may stand before entries of the same pass that have cells of their own, which come first.
+        """
         table = self.tables[segment]
         table.leave_runs(seats)
         # The flat slot number of a cell's last layer.
         table.put(seats, entries, (self.layout.layers_per_cell - 1) * self.num_cells + cells)
         table.aliased[seats, entries] = True
+        table.counts[seats] = np.maximum(table.counts[seats], entries + 1)
 
     def cut(self, table: SegmentTables, seat: int, entries: int) -> None:
         """Free all but the first so many entries of a table."""

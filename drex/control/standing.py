@@ -37,24 +37,22 @@ class Standing(NamedTuple):
         """Look at all seats."""
         reached, settled = seats.reached, seats.settled
         pending, decoding = reached[:-1] - reached[1:], seats.idle & seats.decodes
-        starts = decoding & (pending[0] > 0)
+        # The first row that is not settled has come to a segment if as many positions have as are settled.
+        waits, buffers, owed = decoding, [], []
+        for segment in range(seats.segments - 1, 0, -1):
+            came = waits & (reached[segment] >= settled)
+            waits = waits ^ came
+            buffers.append(came.nonzero()[0])
+            owed.append(int(pending[segment].dot(decoding)) - len(buffers[-1]))
         if seats.having["drafting"]:
-            starts &= ~seats.ended
-        ready = starts.nonzero()[0]
+            waits = decoding & (pending[0] > 0) & ~seats.ended
+        ready = waits.nonzero()[0]
         nobody = ready[:0]
-        # The first row that is not settled has come to a segment where as many positions have as are settled. It is
-        # decided, and settled, when it has passed the last.
-        came = decoding & (reached[1:-1] >= settled)
-        if seats.segments > 2:
-            came[:-1] &= ~came[1:]
-        buffers = [waits.nonzero()[0] for waits in came]
         urgent = [nobody] * seats.segments
         if seats.catching_up:
             catching_up = seats.idle ^ decoding
             urgent = [(catching_up & (rows > 0)).nonzero()[0] for rows in pending]
-        pending_there = (pending @ decoding).tolist()
-        further = [rows - len(waits) for rows, waits in zip(pending_there[1:], buffers, strict=True)]
-        return cls(pending, decoding, ready, [nobody, *buffers], urgent, [0, *further])
+        return cls(pending, decoding, ready, [nobody, *reversed(buffers)], urgent, [0, *reversed(owed)])
 
     def fills(self, segment: int) -> int:
         """Rows that the requests in a buffer owe there beside their live rows."""
