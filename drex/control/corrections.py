@@ -84,6 +84,7 @@ def _logarithm(rows: int) -> float:
     return float(np.log2(max(1.0, rows)))
 
 
+@lru_cache(maxsize=4096)
 def _around(rows: int) -> list[tuple[int, float]]:
     """The powers of two around a size, as logarithms, and what share of it is theirs."""
     size = math.log2(max(1, rows))

@@ -15,7 +15,7 @@ from drex.control.placement import Placed, Placement
 from drex.control.plan import BoolArray, Evaluations, FloatArray, IntArray, Verdicts
 from drex.control.records import Decided
 from drex.control.seats import Seats
-from drex.request import Request
+from drex.request import Request, TokenRecord
 
 NOBODY = np.zeros(0, dtype=np.int64)
 
@@ -218,31 +218,30 @@ class Decisions:
         """Take in rows that stand on others, have others standing on them, or are to be gone on from."""
         seats, depth = self.seats, segment + 1
         of, positions = asked.seats, asked.evaluations.positions
-        sure = rows[decided[rows]]
-        records = dict(zip(sure.tolist(), self._decided(depth, asked, verdicts, sure).records(), strict=True))
+        kept = decided[rows]
+        found = self._decided(depth, asked, verdicts, rows[kept]).records()
+        records: list[TokenRecord | None] = [None] * len(rows)
+        for at, record in zip(kept.nonzero()[0].tolist(), found, strict=True):
+            records[at] = record
         requests: list[Request] = seats.requests[of[rows]].tolist()
-        said = verdicts.tokens[rows].tolist(), verdicts.confidences[rows].tolist()
+        said = verdicts.tokens[rows].tolist(), verdicts.confidences[rows].tolist(), records
         void: set[Request] = set()
         verified: set[Request] = set()
-        gone: list[int] = []
-        columns = rows.tolist(), requests, positions[rows].tolist(), *said
-        for number, request, position, token, confidence in zip(*columns, strict=True):
+        columns = range(len(rows)), requests, positions[rows].tolist(), *said
+        for at, request, position, token, confidence, known in zip(*columns, strict=True):
             if request in void:
+                kept[at] = False
                 continue
-            record = records.get(number)
-            stands = position + 1 < len(request.context)
-            if stands:
+            if position + 1 < len(request.context):
                 verified.add(request)
-                if not self.drafts.verify(request, position, token, record):
-                    void.add(request)
-                    stands = False
-            if not stands and record is not None:
-                self.drafts.hold(request, token, record)
-            elif not stands:
+                if self.drafts.verify(request, position, token, known):
+                    continue
+                void.add(request)
+            if known is not None:
+                self.drafts.hold(request, token, known)
+            else:
                 self.drafts.go_on(request, position, token, segment, confidence)
-            if record is not None:
-                gone.append(number)
-        places = asked.places[gone]
+        places = asked.places[rows[kept]]
         seats.depth.put(places, depth)
         if depth < seats.segments:
             self.placement.exited(places, depth)
@@ -250,7 +249,8 @@ class Decisions:
         for request in dict.fromkeys(requests):
             count = self.drafts.settle(request)
             if count:
-                seats.look_ahead(request)
+                if seats.decaying[request.seat]:
+                    seats.look_ahead(request)
                 out.append((request, count))
             elif request in verified:
                 self.drafts.weigh(request)

@@ -33,6 +33,7 @@ FEW = 32
 """From so many ready rows on, only multiples of 8 are considered, and all of them."""
 EARNING_MEMORY = 128.0
 """Passes over which θ is averaged."""
+FADE = math.exp(-1.0 / EARNING_MEMORY)
 NOTHING = (0.0, 0.0, 0)
 ENOUGH = 64
 """Passes that tell what checking exits earns, after as many that don't: costs and drafts are learnt first."""
@@ -155,7 +156,7 @@ class FlushRule:
 
     def observe(self, tokens: int, seconds: float, *, checked: bool = True) -> None:
         """Count a pass: tokens decided, what it took, and whether exits were checked at the time."""
-        fade = math.exp(-1.0 / EARNING_MEMORY)
+        fade = FADE
         self._tokens, self._seconds = self._tokens * fade + tokens, self._seconds * fade + seconds
         earned, full = self._gain
         self._gain = earned * fade + tokens, full * fade + seconds * self._full_rate()

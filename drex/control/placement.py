@@ -95,14 +95,17 @@ class Placement:
 
     def place(self, segment: int, seats: IntArray, starts: IntArray, stops: IntArray) -> Placed:
         """Give the positions [start, stop) of requests what they need to pass a segment. Shapes: (spans,) each."""
-        span, positions = ragged(starts, stops)
-        rows = seats if len(span) == len(seats) else seats[span]
+        rows, positions, sizes = seats, starts, stops - starts
+        if np.count_nonzero(sizes != 1):
+            span, positions = ragged(starts, stops)
+            rows = seats[span]
         places, table = self.seats.places(rows, positions), self.pool.tables[segment]
         if segment == 0:
             self._claim(seats, stops, rows, positions)
         arena = self._arena(segment, places)
         if segment == 0 or self.kv_fill == "recompute" or (runs := self.seats.depth.take(places) > segment).all():
-            return self._all_run(segment, seats, stops - starts, rows, positions, places, arena)
+            return self._all_run(segment, seats, sizes, rows, positions, places, arena)
+        span = ragged(starts, stops)[0]
         sizes, running = np.bincount(span[runs], minlength=len(seats)), places[runs]
         if self.kv_fill == "project":
             cells = self.pool.append(segment, rows, positions)

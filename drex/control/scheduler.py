@@ -124,7 +124,7 @@ class Scheduler:
         if sum(standing.owed) > self.config.fill_rows:
             return Choice(max(range(1, self.segments), key=lambda s: standing.owed[s]), fills=True)
         ahead, chances = bool(self.seats.having["drafting"]), None
-        if ahead and ((known := self.seats.chance[standing.ready]) < 1).any():
+        if ahead and np.count_nonzero((known := self.seats.chance[standing.ready]) < 1):
             chances = np.sort(known)[::-1][:fit]
         self.view = View(
             pass_number=self.passes,
@@ -303,7 +303,7 @@ class Scheduler:
             firsts = counts == 1
             first = int(np.count_nonzero(firsts))
             notable |= firsts
-        if self._anyone_due:
+        if anyone_due := self._anyone_due:
             notable |= self.deadlines.bounds(seats.paced[of])
         might_end = list(map(contains, seats.ends[of].tolist(), tokens))
         if True in might_end:
@@ -313,7 +313,10 @@ class Scheduler:
         for row in rows:
             self._emitted(decided.requests[row], tokens[row], int(counts[row]), now, full_step)
         for request, _ in written:
-            self._emitted(request, request.tokens[-1], request.num_output, now, full_step)
+            token, number = request.tokens[-1], len(request.records)
+            most = request.params.max_tokens
+            if anyone_due or request.abort_asked is not None or number >= most or request.ends(token, number):
+                self._emitted(request, token, number, now, full_step)
         work.touched = [*decided.requests[:live], *(request for request, _ in written)]
         # The first token of a request comes from its prompt; what stands on others never is the first.
         work.decided = live - first + sum(count for _, count in written)

@@ -81,7 +81,7 @@ class Selection:
         """Decode rows, the surest and then those that are due first where not all go; then prompts in chunks."""
         ready, urgent = standing.ready, standing.urgent[0]
         if choice.ready == len(ready) <= self._surely():
-            chosen = ready, standing.pending[0, ready]
+            chosen = ready, standing.pending[0][ready]
         else:
             ready = self.seats.by_urgency(ready)
             order = np.lexsort((self.seats.due[ready], -self.seats.chance[ready]))
