@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from drex.control.corrections import Corrections
-from drex.control.plan import FloatArray, Pass
+from drex.control.plan import FloatArray, Pass, total
 from drex.control.profile import Profile
 
 MACHINE = 0.05
@@ -54,7 +54,7 @@ class Load(NamedTuple):
         return cls(
             rows=batch.full.size,
             spans=batch.spans,
-            entries=int(batch.context.lengths.sum()),
+            entries=total(batch.context.lengths),
             evaluations=len(batch.evaluations),
             kv_rows=batch.fill.size,
         )

@@ -68,15 +68,17 @@ class Decisions:
             checking: whether live rows may exit at all.
         """
         seats, final, owners = self.seats, segment == self.seats.segments - 1, placed.owners
-        behind = placed.full.positions - seats.settled[owners]
-        rows = (behind >= -1).nonzero()[0]
-        of, positions, places = owners[rows], placed.full.positions[rows], placed.full_places[rows]
+        rows = (placed.full.positions + 1 >= seats.settled[owners]).nonzero()[0]
+        of, positions, places = owners, placed.full.positions, placed.full_places
+        if len(rows) < len(of):
+            of, positions, places = of[rows], positions[rows], places[rows]
         arrived = of
         if seats.having["drafting"]:
-            arrived = of[behind[rows] == -1]
+            arrived = of[positions + 1 == seats.settled[of]]
             # Behind an open row others may be decided, and held.
             open_ = seats.depth.take(places) == seats.segments
-            rows, of, positions, places = rows[open_], of[open_], positions[open_], places[open_]
+            if np.count_nonzero(open_) < len(open_):
+                rows, of, positions, places = rows[open_], of[open_], positions[open_], places[open_]
         unasked = 0
         if final:
             thresholds = np.empty(len(rows))
@@ -178,7 +180,8 @@ class Decisions:
             now = decided & alone
             rest = (~now & seats.drafting[of])[:live].nonzero()[0]
         out = self._decided(depth, asked, verdicts, now.nonzero()[0])
-        self._settle(out, asked.places[out.numbers])
+        if out.requests:
+            self._settle(out, asked.places[out.numbers])
         return out, self._run_ahead(segment, asked, verdicts, decided, rest) if len(rest) else []
 
     def _settle(self, decided: Decided, places: IntArray) -> None:
@@ -219,10 +222,11 @@ class Decisions:
         seats, depth = self.seats, segment + 1
         of, positions = asked.seats, asked.evaluations.positions
         kept = decided[rows]
-        found = self._decided(depth, asked, verdicts, rows[kept]).records()
         records: list[TokenRecord | None] = [None] * len(rows)
-        for at, record in zip(kept.nonzero()[0].tolist(), found, strict=True):
-            records[at] = record
+        if sure := kept.nonzero()[0].tolist():
+            found = self._decided(depth, asked, verdicts, rows[kept]).records()
+            for at, record in zip(sure, found, strict=True):
+                records[at] = record
         requests: list[Request] = seats.requests[of[rows]].tolist()
         said = verdicts.tokens[rows].tolist(), verdicts.confidences[rows].tolist(), records
         void: set[Request] = set()
@@ -241,10 +245,11 @@ class Decisions:
                 self.drafts.hold(request, token, known)
             else:
                 self.drafts.go_on(request, position, token, segment, confidence)
-        places = asked.places[rows[kept]]
-        seats.depth.put(places, depth)
-        if depth < seats.segments:
-            self.placement.exited(places, depth)
+        if sure:
+            places = asked.places[rows[kept]]
+            seats.depth.put(places, depth)
+            if depth < seats.segments:
+                self.placement.exited(places, depth)
         out = []
         for request in dict.fromkeys(requests):
             count = self.drafts.settle(request)

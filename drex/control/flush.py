@@ -163,12 +163,12 @@ class FlushRule:
         if checked:
             # Beside what passes at once were held for meanwhile: if flushes are dearer than they seem, the machine is
             # held for slower while there are many, and passes segment by segment for dearer than they are later.
-            decoding = max(1, self._decoding)
+            decoding, kind = max(1, self._decoding), self._kind
             at_full_depth = seconds * decoding / self.full_step(decoding)
-            earned, full, passes = self._checked.get(self._kind, NOTHING)
+            earned, full, passes = self._checked.get(kind, NOTHING)
             if passes >= ENOUGH:
                 earned, full = earned * fade + tokens, full * fade + at_full_depth
-            self._checked[self._kind] = earned, full, passes + 1
+            self._checked[kind] = earned, full, passes + 1
 
     @property
     def _kind(self) -> tuple[int, bool, bool]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from drex.control.arena import ArenaRows
-from drex.control.plan import BoolArray, Contexts, IntArray, Rows, ragged
+from drex.control.plan import BoolArray, Contexts, IntArray, Rows, ragged, total
 from drex.control.seats import Seats
 from drex.control.slots import SlotLayout, SlotPool
 from drex.request import Request
@@ -96,7 +96,7 @@ class Placement:
     def place(self, segment: int, seats: IntArray, starts: IntArray, stops: IntArray) -> Placed:
         """Give the positions [start, stop) of requests what they need to pass a segment. Shapes: (spans,) each."""
         rows, positions, sizes = seats, starts, stops - starts
-        if np.count_nonzero(sizes != 1):
+        if total(sizes) > len(sizes):
             span, positions = ragged(starts, stops)
             rows = seats[span]
         places, table = self.seats.places(rows, positions), self.pool.tables[segment]

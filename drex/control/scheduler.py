@@ -21,7 +21,7 @@ from drex.control.deadlines import Deadlines
 from drex.control.decisions import Asked, Decisions
 from drex.control.drafts import Drafts
 from drex.control.placement import Placement
-from drex.control.plan import NO_EVALUATIONS, BoolArray, IntArray, Pass, PassResult, Verdicts
+from drex.control.plan import NO_EVALUATIONS, BoolArray, IntArray, Pass, PassResult, Verdicts, total
 from drex.control.policies import POLICIES, Checks, Choice, View
 from drex.control.records import Decided
 from drex.control.seats import Seats
@@ -295,20 +295,22 @@ class Scheduler:
     def _emit(self, decided: Decided, written: list[tuple[Request, int]], work: Work, now: float) -> None:
         """Requests got tokens: they set when the next is due, and may be the last."""
         seats, live = self.seats, decided.live
-        of, tokens, first = decided.seats[:live], decided.tokens[:live], 0
-        counts = decided.positions[:live] + 2 - seats.prompt[of]
-        # Most have no target, and go on.
-        notable = counts >= seats.most[of]
-        if work.prompts:
-            firsts = counts == 1
-            first = int(np.count_nonzero(firsts))
-            notable |= firsts
-        if anyone_due := self._anyone_due:
-            notable |= self.deadlines.bounds(seats.paced[of])
-        might_end = list(map(contains, seats.ends[of].tolist(), tokens))
-        if True in might_end:
-            notable |= might_end
-        rows = notable.nonzero()[0].tolist()
+        rows, first, anyone_due = [], 0, self._anyone_due
+        if live:
+            of, tokens = decided.seats[:live], decided.tokens[:live]
+            counts = decided.positions[:live] + 2 - seats.prompt[of]
+            # Most have no target, and go on.
+            notable = counts >= seats.most[of]
+            if work.prompts:
+                firsts = counts == 1
+                first = int(np.count_nonzero(firsts))
+                notable |= firsts
+            if anyone_due:
+                notable |= self.deadlines.bounds(seats.paced[of])
+            might_end = list(map(contains, seats.ends[of].tolist(), tokens))
+            if True in might_end:
+                notable |= might_end
+            rows = notable.nonzero()[0].tolist()
         full_step = self.policy.rule.full_step(seats.decoding) if rows or written else 0.0
         for row in rows:
             self._emitted(decided.requests[row], tokens[row], int(counts[row]), now, full_step)
@@ -331,7 +333,7 @@ class Scheduler:
 
     def took(self, done: Pass, seconds: float) -> None:
         """Learn how long a committed pass took, the engine's own time included."""
-        load, work, rule = Load.of(done.parts[-1]), self._outstanding.pop(done.number), self.policy.rule
+        load, work, rule = Load.of(done.last), self._outstanding.pop(done.number), self.policy.rule
         if done.then is None:
             self.cost.observe(done.segment, load, seconds)
         else:
@@ -339,7 +341,7 @@ class Scheduler:
         if not work.prompts:
             rule.observe(work.decided, seconds, checked=work.checking)
             if done.segment == 0:
-                lengths = load.entries if done.then is None else int(done.context.lengths.sum())
+                lengths = load.entries if done.then is None else total(done.context.lengths)
                 self._context = lengths / done.spans
         elif work.live:
             # Prompts came along: the decode rows' share is what they would have taken alone.
@@ -362,4 +364,4 @@ class Scheduler:
 
 def _least(column: npt.NDArray[Any], seats: IntArray, default: float) -> Any:
     """The smallest entry of some seats."""
-    return column[seats].min().item() if len(seats) else default
+    return min(column[seats].tolist(), default=default)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from drex.control.plan import BoolArray, IntArray
+from drex.control.plan import BoolArray, IntArray, total
 from drex.control.seats import Seats
 
 
@@ -43,7 +43,7 @@ class Standing(NamedTuple):
             came = waits & (reached[segment] >= settled)
             waits = waits ^ came
             buffers.append(came.nonzero()[0])
-            owed.append(int(pending[segment].dot(decoding)) - len(buffers[-1]))
+            owed.append(total(pending[segment][decoding]) - len(buffers[-1]))
         if seats.having["drafting"]:
             waits = decoding & (pending[0] > 0) & ~seats.ended
         ready = waits.nonzero()[0]
@@ -57,4 +57,4 @@ class Standing(NamedTuple):
     def fills(self, segment: int) -> int:
         """Rows that the requests in a buffer owe there beside their live rows."""
         waiting = self.buffers[segment]
-        return int(self.pending[segment][waiting].sum()) - len(waiting) if len(waiting) else 0
+        return total(self.pending[segment][waiting]) - len(waiting) if len(waiting) else 0
