@@ -130,6 +130,10 @@ class ExitRule:
         threshold = self.threshold(exit_index, output_index, max_tokens)
         return math.inf if threshold is None else threshold
 
+    def bars(self, output_index: int, max_tokens: int) -> tuple[float, ...]:
+        """As `bar`, of all exits."""
+        return tuple([self.bar(exit_index, output_index, max_tokens) for exit_index in range(len(self.thresholds))])
+
     @property
     def never(self) -> bool:
         """Whether no exit can be taken at all."""

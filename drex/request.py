@@ -185,7 +185,8 @@ class TokenRecord(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-class Ahead(NamedTuple):
+@dataclass(slots=True)
+class Ahead:
     """A token that stands on others which may turn out wrong, or that may be wrong itself.
 
     With a `record` it is decided, as soon as what it stands on is. Without, an exit point said it, not being sure.
@@ -303,9 +304,13 @@ class Request:
             return False
         return confidence >= self.rule.bar(exit_index, number, self.max_tokens)
 
+    def bars(self, number: int) -> tuple[float, ...]:
+        """The confidence that each exit point asks of output token `number`, from 0; infinite where it can't exit."""
+        return self.rule.bars(number, self.params.max_tokens)
+
     def ends(self, token: int, number: int) -> bool:
         """Whether a token that comes as output `number`, from 1, ends the text."""
-        return number >= self.params.min_tokens and token in self.end_token_ids
+        return token in self.end_token_ids and number >= self.params.min_tokens
 
     def ending(self, token: int, number: int) -> FinishReason | None:
         """Why the request ends with a token as output `number`, if it does; notes a stop token as `stop_reason`."""

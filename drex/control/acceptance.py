@@ -7,17 +7,19 @@ rises (pool-adjacent-violators, Barlow et al. 1972).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from drex.control.plan import FloatArray
+from drex.request import Ahead
 
 BINS = 16
 PRIOR_WEIGHT = 4.0
 """As if so many tokens of each bin had been accepted in the share that its confidence says."""
 MEMORY = 1000.0
 """Tokens over which it is learnt: older ones fade by a factor e each so many."""
+FADE = math.exp(-1.0 / MEMORY)
 FIT_EVERY = 8
 """Tokens of an exit point after which its chances follow what was learnt."""
 
@@ -30,44 +32,55 @@ class Acceptance:
     """
 
     def __init__(self, exits: int) -> None:
-        centres = (np.arange(BINS) + 0.5) / BINS
-        self._seen: FloatArray = np.full((exits, BINS), PRIOR_WEIGHT)
-        self._right: FloatArray = np.tile(centres * PRIOR_WEIGHT, (exits, 1))
-        self._chances: list[list[float]] = [centres.tolist()] * exits
+        # Lists, since numpy takes longer for as few numbers as these.
+        centres = [_centre(number) for number in range(BINS)]
+        self._seen = [[PRIOR_WEIGHT] * BINS for _ in range(exits)]
+        self._right = [[centre * PRIOR_WEIGHT for centre in centres] for _ in range(exits)]
+        self._chances = [centres] * exits
         self._since_fit = [0] * exits
-        # Since the start, for reports: tokens, right ones, and the chances that were given them.
-        self._totals: FloatArray = np.zeros((3, exits, BINS))
+        # Since the start, for reports: the chances that tokens were given, how many there were, and right ones.
+        self._totals = [[[0.0] * BINS for _ in range(exits)] for _ in range(3)]
 
     def chance(self, exit_index: int, confidence: float) -> float:
         """How likely a token that an exit head said with this confidence is right."""
-        found: float = self._chances[exit_index][_bin(confidence)]
-        return found
+        return self._chances[exit_index][_bin(confidence)]
+
+    def of_all(self, ahead: Iterable[Ahead]) -> tuple[int, float]:
+        """How many of a request's tokens are open, and the product of their chances."""
+        count, product, chances = 0, 1.0, self._chances
+        for entry in ahead:
+            if entry.record is None:
+                count += 1
+                product *= chances[entry.exit_index][_bin(entry.confidence)]
+        return count, product
 
     def observe(self, exit_index: int, confidence: float, right: bool) -> None:
         """A tentative token was verified."""
         number = _bin(confidence)
-        self._totals[:, exit_index, number] += 1.0, right, self.chance(exit_index, confidence)
-        fade = math.exp(-1.0 / MEMORY)
-        seen, hits = self._seen[exit_index], self._right[exit_index]
-        seen *= fade
-        hits *= fade
+        given, verified, accepted = self._totals
+        given[exit_index][number] += self._chances[exit_index][number]
+        verified[exit_index][number] += 1.0
+        accepted[exit_index][number] += right
+        seen = self._seen[exit_index] = [weight * FADE for weight in self._seen[exit_index]]
+        hits = self._right[exit_index] = [weight * FADE for weight in self._right[exit_index]]
         seen[number] += 1.0
         hits[number] += right
         self._since_fit[exit_index] += 1
         if self._since_fit[exit_index] == FIT_EVERY:
             self._since_fit[exit_index] = 0
-            self._chances[exit_index] = isotonic(hits / seen, seen).tolist()
+            shares = [hit / weight for hit, weight in zip(hits, seen, strict=True)]
+            self._chances[exit_index] = isotonic(shares, seen)
 
     def count_afresh(self) -> None:
         """Reports are of what comes from now on; what was learnt stays."""
-        self._totals[:] = 0.0
+        self._totals = [[[0.0] * BINS for _ in each] for each in self._totals]
 
     def report(self) -> dict[str, Any]:
         """Tokens verified and accepted, also by confidence, and the mean error of the chances that they were given.
 
         `calibration` has tokens by confidence: verified, accepted, and the sum of the chances that they were given.
         """
-        seen, right, said = self._totals.sum(1)
+        said, seen, right = np.array(self._totals).sum(1)
         verified = float(seen.sum())
         found = np.flatnonzero(seen).tolist()
         error = float(np.abs(right - said).sum() / verified) if verified else None
@@ -107,22 +120,26 @@ class Compounding:
 
     def observe(self, open_rows: int, product: float, right: bool) -> None:
         """It is known what became of a row."""
-        fade = math.exp(-1.0 / MEMORY)
-        self._right[open_rows] = self._right[open_rows] * fade + right
-        self._expected[open_rows] = self._expected[open_rows] * fade + product
+        self._right[open_rows] = self._right[open_rows] * FADE + right
+        self._expected[open_rows] = self._expected[open_rows] * FADE + product
 
 
-def isotonic(values: FloatArray, weights: FloatArray) -> FloatArray:
+def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
     """The non-decreasing values nearest to these in weighted squares."""
-    blocks: list[tuple[float, float, int]] = []
-    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+    # Of blocks of equal values: the value, its weight, and how many there are.
+    means: list[float] = []
+    totals: list[float] = []
+    sizes: list[int] = []
+    for value, weight in zip(values, weights, strict=True):
         mean, total, size = value, weight, 1
-        while blocks and blocks[-1][0] > mean:
-            before, more, count = blocks.pop()
-            mean = (mean * total + before * more) / (total + more)
-            total, size = total + more, size + count
-        blocks.append((mean, total, size))
-    return np.repeat([mean for mean, _, _ in blocks], [size for *_, size in blocks])
+        while means and means[-1] > mean:
+            more = totals.pop()
+            mean = (mean * total + means.pop() * more) / (total + more)
+            total, size = total + more, size + sizes.pop()
+        means.append(mean)
+        totals.append(total)
+        sizes.append(size)
+    return [mean for mean, size in zip(means, sizes, strict=True) for _ in range(size)]
 
 
 def _centre(number: int) -> float:
@@ -130,4 +147,5 @@ def _centre(number: int) -> float:
 
 
 def _bin(confidence: float) -> int:
-    return min(BINS - 1, max(0, int(confidence * BINS)))
+    number = int(confidence * BINS)
+    return number if 0 <= number < BINS else 0 if number < 0 else BINS - 1

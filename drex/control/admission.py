@@ -91,6 +91,8 @@ class Admission:
 
     def finish_aborted(self) -> list[Request]:
         """End those that were to end while a pass held them, and that none holds now; returns them."""
+        if not self._aborting:
+            return []
         freed = [each for each in self._aborting if each.seat is None or self.seats.idle[each.seat]]
         self._aborting = [each for each in self._aborting if each not in freed]
         # The pass may have ended some.

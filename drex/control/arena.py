@@ -10,6 +10,8 @@ from drex.control.plan import IntArray
 class ArenaRows:
     """Row numbers of the arena; a position holds one from its first pass until its last.
 
+    A position of a request has the place `seat * room + position`.
+
     Args:
         rows: how many the arena has.
         seats: requests that can hold some.
@@ -21,31 +23,32 @@ class ArenaRows:
         # A stack: the first `free` are nobody's.
         self._stack: IntArray = np.arange(rows)[::-1].copy()
         # One more than the row's number, 0 for none: zeros take no memory until something else is written.
-        self._held: IntArray = np.zeros((seats, room), dtype=np.int64)
+        self._held: IntArray = np.zeros(seats * room, dtype=np.int64)
+        self._room = room
 
-    def take(self, seats: IntArray, positions: IntArray) -> IntArray:
-        """Give each position a row; the caller has seen that there are enough. Shapes: (rows,) each."""
-        assert len(positions) <= self.free
-        self.free -= len(positions)
-        rows = self._stack[self.free : self.free + len(positions)].copy()
-        self._held[seats, positions] = rows + 1
+    def take(self, places: IntArray) -> IntArray:
+        """Give each place a row; the caller has seen that there are enough. Shape of both: (rows,)."""
+        assert len(places) <= self.free
+        self.free -= len(places)
+        rows = self._stack[self.free : self.free + len(places)].copy()
+        self._held[places] = rows + 1
         return rows
 
-    def rows(self, seats: IntArray, positions: IntArray) -> IntArray:
-        """The rows that positions hold. Shapes: (rows,) each."""
-        rows: IntArray = self._held[seats, positions] - 1
+    def rows(self, places: IntArray) -> IntArray:
+        """The rows that places hold. Shape of both: (rows,)."""
+        rows: IntArray = self._held[places] - 1
         return rows
 
-    def release(self, seats: IntArray, positions: IntArray) -> None:
-        """Take back the rows of positions, each held. Shapes: (rows,) each."""
-        self._stack[self.free : self.free + len(positions)] = self.rows(seats, positions)
-        self.free += len(positions)
-        self._held[seats, positions] = 0
+    def release(self, places: IntArray) -> None:
+        """Take back the rows of places, each held. Shape: (rows,)."""
+        self._stack[self.free : self.free + len(places)] = self.rows(places)
+        self.free += len(places)
+        self._held[places] = 0
 
     def close(self, seat: int, stop: int, start: int = 0) -> None:
         """Take back all rows of a request's positions from `start` to `stop`."""
-        positions = start + np.flatnonzero(self._held[seat, start:stop])
-        self.release(np.full(len(positions), seat), positions)
+        first = seat * self._room + start
+        self.release(first + self._held[first : first + stop - start].nonzero()[0])
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless each row is free or held once."""

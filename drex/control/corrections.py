@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 
@@ -43,6 +44,20 @@ class Corrections:
             return np.zeros(np.shape(rows))
         return np.asarray(np.interp(np.log2(np.maximum(1.0, rows)), self._sizes, self._values))
 
+    def at_one(self, rows: int) -> float:
+        """As `at`, of one number: numpy takes many times as long for that."""
+        sizes, values = self._sizes, self._values
+        if not sizes:
+            return 0.0
+        size = _logarithm(rows)
+        after = bisect_left(sizes, size)
+        if after == len(sizes):
+            return values[-1]
+        if after == 0 or sizes[after] == size:
+            return values[after]
+        slope = (values[after] - values[after - 1]) / (sizes[after] - sizes[after - 1])
+        return slope * (size - sizes[after - 1]) + values[after - 1]
+
     def seen(self, rows: int) -> float:
         """Observations about that size."""
         return sum(self._seen[self._sizes.index(size)] for size, _ in _around(rows) if size in self._sizes)
@@ -55,7 +70,7 @@ class Corrections:
         for size, share in _around(rows):
             place = bisect_left(self._sizes, size)
             if place == len(self._sizes) or self._sizes[place] != size:
-                assumed = float(self.at(2.0**size))
+                assumed = self.at_one(2**size)
                 self._sizes.insert(place, size)
                 self._values.insert(place, assumed)
                 self._seen.insert(place, 0.0)
@@ -63,6 +78,13 @@ class Corrections:
             self._values[place] += share * max(ADAPTATION, 1.0 / (self._seen[place] + self.doubt)) * off
 
 
+@lru_cache(maxsize=4096)
+def _logarithm(rows: int) -> float:
+    """Of base 2, as numpy rounds it; 0 of less than a row."""
+    return float(np.log2(max(1.0, rows)))
+
+
+@lru_cache(maxsize=4096)
 def _around(rows: int) -> list[tuple[int, float]]:
     """The powers of two around a size, as logarithms, and what share of it is theirs."""
     size = math.log2(max(1, rows))

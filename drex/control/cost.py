@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from drex.control.corrections import Corrections
-from drex.control.plan import FloatArray, Pass
+from drex.control.plan import FloatArray, Pass, total
 from drex.control.profile import Profile
 
 MACHINE = 0.05
@@ -54,7 +54,7 @@ class Load(NamedTuple):
         return cls(
             rows=batch.full.size,
             spans=batch.spans,
-            entries=int(batch.context.lengths.sum()),
+            entries=total(batch.context.lengths),
             evaluations=len(batch.evaluations),
             kv_rows=batch.fill.size,
         )
@@ -145,7 +145,7 @@ class CostModel:
 
     def predict_through(self, load: Load) -> float:
         """Seconds that a pass over all segments will take; the head at its end is evaluated."""
-        return self._one_by_one(load) * math.exp(self._through.at(float(load.rows)))
+        return self._one_by_one(load) * math.exp(self._through.at_one(load.rows))
 
     def predict_parts(self, parts: Sequence[tuple[int, Load]]) -> float:
         """Seconds of a pass over these segments, with their loads: the engine's own time comes once."""
@@ -200,4 +200,4 @@ class CostModel:
 
     def _correction(self, segment: int, rows: int) -> float:
         """Logarithm of the factor on a prediction for passes of that size."""
-        return self._machine + float(self._corrections[segment].at(float(rows)))
+        return self._machine + self._corrections[segment].at_one(rows)

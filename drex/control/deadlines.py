@@ -59,9 +59,9 @@ class Deadlines:
             due = min(due, request.paced_due)
         request.due = due
 
-    def bounds(self, pace: FloatArray) -> BoolArray:
-        """Whether requests of such a pace have due times."""
-        return np.isfinite(pace) if self.max_slowdown is None else np.ones(len(pace), dtype=np.bool_)
+    def bounds(self, paced: BoolArray) -> BoolArray:
+        """Whether requests have due times, by whether they have targets of their own."""
+        return paced if self.max_slowdown is None else np.ones_like(paced)
 
     def buffered(self, due: FloatArray, now: float, ahead: float) -> None:
         """Rows whose tokens are due then enter a buffer, with `ahead` seconds of passes before them."""

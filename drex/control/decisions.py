@@ -6,17 +6,18 @@ when there is time for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from drex.config import ExitRule
 from drex.control.drafts import Drafts
 from drex.control.placement import Placed, Placement
 from drex.control.plan import BoolArray, Evaluations, FloatArray, IntArray, Verdicts
+from drex.control.records import Decided
 from drex.control.seats import Seats
-from drex.request import ExitCheck, Request, TokenRecord
+from drex.request import Request, TokenRecord
+
+NOBODY = np.zeros(0, dtype=np.int64)
 
 
 class Asked(NamedTuple):
@@ -24,39 +25,25 @@ class Asked(NamedTuple):
 
     Attributes:
         evaluations: the first `live` of them of live rows, the others of scored ones.
-        seats: that they are of.
+        seats: that they are of; places: where, in the columns by position.
         live: how many.
         unasked: live rows that could have exited here first and are not asked.
+        arrived: seats whose first row that is not settled is in the pass, asked or not. Shape (spans at most,).
     """
 
     evaluations: Evaluations
     seats: IntArray
+    places: IntArray
     live: int
     unasked: int
+    arrived: IntArray
 
     def kept(self, keep: BoolArray) -> Asked:
         """Only some of the evaluations, numbered anew. Shape of `keep`: (evaluations,)."""
         live = int(np.count_nonzero(keep[: self.live]))
-        return Asked(self.evaluations.kept(keep), self.seats[keep], live, self.unasked)
-
-
-class Decided(NamedTuple):
-    """Rows with a verdict, and all that their records are made of.
-
-    Attributes:
-        asked, verdicts: of the pass; depth: segments executed.
-        numbers, positions: which of the evaluations, and where in the requests. Shape (rows,).
-        requests: theirs.
-        passed: what the exit points so far said of each, NaN where they weren't asked. (rows, exit points passed).
-    """
-
-    asked: Asked
-    verdicts: Verdicts
-    depth: int
-    numbers: IntArray
-    positions: IntArray
-    requests: list[Request]
-    passed: FloatArray
+        return self._replace(
+            evaluations=self.evaluations.kept(keep), seats=self.seats[keep], places=self.places[keep], live=live
+        )
 
 
 class Decisions:
@@ -80,43 +67,51 @@ class Decisions:
             placed: its rows.
             checking: whether live rows may exit at all.
         """
-        seats, final = self.seats, segment == self.seats.segments - 1
-        owners = placed.owners
-        rows = (placed.full.positions >= seats.settled[owners] - 1).nonzero()[0]
-        of, positions = owners[rows], placed.full.positions[rows]
+        seats, final, owners = self.seats, segment == self.seats.segments - 1, placed.owners
+        rows = (placed.full.positions + 1 >= seats.settled[owners]).nonzero()[0]
+        of, positions, places = owners, placed.full.positions, placed.full_places
+        if len(rows) < len(of):
+            of, positions, places = of[rows], positions[rows], places[rows]
+        arrived = of
         if seats.having["drafting"]:
+            arrived = of[positions + 1 == seats.settled[of]]
             # Behind an open row others may be decided, and held.
-            open_ = seats.depth[of, positions] == seats.segments
-            rows, of, positions = rows[open_], of[open_], positions[open_]
-        unasked, thresholds = 0, np.empty(len(rows))
+            open_ = seats.depth.take(places) == seats.segments
+            if np.count_nonzero(open_) < len(open_):
+                rows, of, positions, places = rows[open_], of[open_], positions[open_], places[open_]
+        unasked = 0
         if final:
+            thresholds = np.empty(len(rows))
             thresholds.fill(np.nan)
         else:
             thresholds = self._thresholds(segment, of, positions)
-            allowed = ~np.isnan(thresholds)
+            barred = np.isnan(thresholds)
             if not checking:
-                unasked = int(np.isnan(seats.threshold[:segment, of[allowed]]).all(0).sum())
-                allowed[:] = False
-            rows, of, positions, thresholds = rows[allowed], of[allowed], positions[allowed], thresholds[allowed]
+                unasked = int(np.isnan(seats.threshold[:segment, of[~barred]]).all(0).sum())
+                barred[:] = True
+            if np.count_nonzero(barred):
+                asked = ~barred
+                rows, of, positions, places = rows[asked], of[asked], positions[asked], places[asked]
+                thresholds = thresholds[asked]
         live, draws = len(rows), seats.draws[of].tolist()
         banned: dict[int, tuple[int, ...]] = {}
         if seats.having["fewest"]:
             early = positions + 1 - seats.prompt[of] < seats.fewest[of]
             banned = {number: seats[of[number]].banned for number in early.nonzero()[0].tolist()}
         targets: dict[int, int] = {}
-        if seats.having["scored"] and seats.scored[spans].any():
+        if seats.having["scored"] and np.count_nonzero(seats.scored[spans]):
             further = self._scored(segment, owners, placed.full.positions)
             targets = {live + i: target for i, (*_, target) in enumerate(further)}
             rows = np.concatenate((rows, np.array([row for row, *_ in further], dtype=np.int64)))
-            of = np.concatenate((of, np.array([seat for _, seat, *_ in further], dtype=np.int64)))
             thresholds = np.concatenate((thresholds, np.array([limit for *_, limit, _ in further])))
             draws += [seats[seat].score_draws for _, seat, *_ in further]
-            positions = placed.full.positions[rows]
+            of, positions, places = owners[rows], placed.full.positions[rows], placed.full_places[rows]
         agreeing = np.zeros((2, len(of)), dtype=np.int64)
         if seats.having["patient"]:
             patient = seats.patient[of]
             agreeing[:, patient] = seats.agreeing[:, of[patient], positions[patient]]
-        return Asked(Evaluations(rows, positions, thresholds, draws, agreeing, banned, targets), of, live, unasked)
+        evaluations = Evaluations(rows, positions, thresholds, draws, agreeing, banned, targets)
+        return Asked(evaluations, of, places, live, unasked, arrived)
 
     def could_exit(self, asked: Asked) -> int:
         """Evaluated live rows that might have exited somewhere."""
@@ -125,7 +120,7 @@ class Decisions:
     def _thresholds(self, segment: int, owners: IntArray, positions: IntArray) -> FloatArray:
         """Of rows that are not settled, at the exit after a segment."""
         seats = self.seats
-        thresholds: FloatArray = seats.threshold[segment, owners]
+        thresholds: FloatArray = seats.threshold[segment][owners]
         if not seats.having["decaying"]:
             return thresholds
         for row in (seats.decaying[owners] & (positions >= seats.settled[owners])).nonzero()[0].tolist():
@@ -166,50 +161,59 @@ class Decisions:
             recorded, and how many each.
         """
         seats, live, depth = self.seats, asked.live, segment + 1
-        of, positions = asked.seats, asked.evaluations.positions
-        final = depth == seats.segments
+        of, positions, final = asked.seats, asked.evaluations.positions, depth == seats.segments
         if seats.having["patient"]:
             seats.agreeing[:, of, positions] = verdicts.agreeing
-        decided = np.ones_like(exits) if final else exits.copy()
+        decided = np.ones(len(of), dtype=np.bool_) if final else exits
         if not final:
-            # No exit decides a token of a lossless request; rows of a scored prompt have a rule of their own.
-            decided[:live] &= ~seats.lossless[of[:live]]
-        if not final:
-            seats.confidence[segment, of, positions] = verdicts.confidences
-        # What stands on nothing open, and has nothing standing on it.
-        alone = positions + 1 == seats.reached[0, of]
-        alone &= positions + 1 == seats.settled[of]
-        alone[live:] = True
-        chosen = np.flatnonzero(decided & alone)
-        seats.depth[of[chosen], positions[chosen]] = depth
-        seats.token[of[chosen], positions[chosen] + 1] = verdicts.tokens[chosen]
-        measured = chosen[chosen >= live]
-        seats.measured[of[measured], positions[measured]] = True
-        settled = of[chosen[chosen < live]]
-        seats.reached[0, settled] += 1
-        seats.settled[settled] += 1
-        if not final:
-            self.placement.exited(of[chosen], positions[chosen], depth)
-        out = self._decided(depth, asked, verdicts, chosen)
+            seats.confidence[segment].put(asked.places, verdicts.confidences)
+            if seats.having["lossless"]:
+                # No exit decides a token of a lossless request; rows of a scored prompt have a rule of their own.
+                decided = exits.copy()
+                decided[:live] &= ~seats.lossless[of[:live]]
+        now, rest = decided, NOBODY
+        if seats.having["drafting"]:
+            # What stands on nothing open, and has nothing standing on it.
+            alone = positions + 1 == seats.reached[0][of]
+            alone &= positions + 1 == seats.settled[of]
+            alone[live:] = True
+            now = decided & alone
+            rest = (~now & seats.drafting[of])[:live].nonzero()[0]
+        out = self._decided(depth, asked, verdicts, now.nonzero()[0])
+        if out.requests:
+            self._settle(out, asked.places[out.numbers])
+        return out, self._run_ahead(segment, asked, verdicts, decided, rest) if len(rest) else []
+
+    def _settle(self, decided: Decided, places: IntArray) -> None:
+        """Rows are decided that stand on nothing open, and that nothing stands on; `places` are theirs."""
+        seats, live = self.seats, decided.live
+        seats.depth.put(places, decided.depth)
+        if decided.depth < seats.segments:
+            self.placement.exited(places, decided.depth)
+        if live < len(places):
+            seats.measured.put(places[live:], True)
+        seats.token.put(places + 1, decided.verdicts.tokens[decided.numbers])
+        of, known = decided.seats[:live], decided.positions[:live] + 2
+        seats.reached[0][of] = seats.settled[of] = known
         # Penalties go by what was said so far, in the next pass too.
-        for request, token in zip(out.requests, verdicts.tokens[chosen[: len(settled)]].tolist(), strict=False):
+        for request, token in zip(decided.requests[:live], decided.tokens, strict=False):
             request.context.append(token)
-        for seat in settled[seats.decaying[settled] | (seats.settled[settled] == seats.prompt[settled] + 1)].tolist():
-            seats.look_ahead(seats[seat])
-        rest = ~(decided & alone)
-        rest[live:] = False
-        rest &= seats.drafting[of]
-        return out, self._run_ahead(segment, asked, verdicts, decided, rest.nonzero()[0]) if rest.any() else []
+        changing = known == seats.prompt[of] + 1
+        if seats.having["decaying"]:
+            changing |= seats.decaying[of]
+        if np.count_nonzero(changing):
+            for seat in of[changing].tolist():
+                seats.look_ahead(seats[seat])
 
     def record(self, decided: Decided) -> None:
         """Write what was decided into the requests."""
-        columns = decided.numbers.tolist(), decided.requests, decided.positions.tolist(), self._records(decided)
-        for number, request, position, record in zip(*columns, strict=True):
-            if number < decided.asked.live:
-                request.take(record)
-            else:
-                request.prompt_records[position] = record
-                request.depths[position] = decided.depth
+        records, live = decided.records(), decided.live
+        for request, record in zip(decided.requests[:live], records, strict=False):
+            request.take(record)
+        of_prompts = zip(decided.requests[live:], decided.positions[live:].tolist(), records[live:], strict=True)
+        for request, position, record in of_prompts:
+            request.prompt_records[position] = record
+            request.depths[position] = decided.depth
 
     def _run_ahead(
         self, segment: int, asked: Asked, verdicts: Verdicts, decided: BoolArray, rows: IntArray
@@ -217,38 +221,41 @@ class Decisions:
         """Take in rows that stand on others, have others standing on them, or are to be gone on from."""
         seats, depth = self.seats, segment + 1
         of, positions = asked.seats, asked.evaluations.positions
-        sure = rows[decided[rows]]
-        records = dict(zip(sure.tolist(), self._records(self._decided(depth, asked, verdicts, sure)), strict=True))
+        kept = decided[rows]
+        records: list[TokenRecord | None] = [None] * len(rows)
+        if sure := kept.nonzero()[0].tolist():
+            found = self._decided(depth, asked, verdicts, rows[kept]).records()
+            for at, record in zip(sure, found, strict=True):
+                records[at] = record
         requests: list[Request] = seats.requests[of[rows]].tolist()
-        said = verdicts.tokens[rows].tolist(), verdicts.confidences[rows].tolist()
+        said = verdicts.tokens[rows].tolist(), verdicts.confidences[rows].tolist(), records
         void: set[Request] = set()
         verified: set[Request] = set()
-        gone: list[int] = []
-        columns = rows.tolist(), requests, positions[rows].tolist(), *said
-        for number, request, position, token, confidence in zip(*columns, strict=True):
+        columns = range(len(rows)), requests, positions[rows].tolist(), *said
+        for at, request, position, token, confidence, known in zip(*columns, strict=True):
             if request in void:
+                kept[at] = False
                 continue
-            record = records.get(number)
-            stands = position + 1 < len(request.context)
-            if stands:
+            if position + 1 < len(request.context):
                 verified.add(request)
-                if not self.drafts.verify(request, position, token, record):
-                    void.add(request)
-                    stands = False
-            if not stands and record is not None:
-                self.drafts.hold(request, token, record)
-            elif not stands:
+                if self.drafts.verify(request, position, token, known):
+                    continue
+                void.add(request)
+            if known is not None:
+                self.drafts.hold(request, token, known)
+            else:
                 self.drafts.go_on(request, position, token, segment, confidence)
-            if record is not None:
-                gone.append(number)
-        seats.depth[of[gone], positions[gone]] = depth
-        if depth < seats.segments:
-            self.placement.exited(of[gone], positions[gone], depth)
+        if sure:
+            places = asked.places[rows[kept]]
+            seats.depth.put(places, depth)
+            if depth < seats.segments:
+                self.placement.exited(places, depth)
         out = []
         for request in dict.fromkeys(requests):
             count = self.drafts.settle(request)
             if count:
-                seats.look_ahead(request)
+                if seats.decaying[request.seat]:
+                    seats.look_ahead(request)
                 out.append((request, count))
             elif request in verified:
                 self.drafts.weigh(request)
@@ -256,49 +263,20 @@ class Decisions:
 
     def _decided(self, depth: int, asked: Asked, verdicts: Verdicts, numbers: IntArray) -> Decided:
         """Some evaluations, with what the columns know of them now."""
-        of, positions = asked.seats[numbers], asked.evaluations.positions[numbers]
-        passed = self.seats.confidence[:depth, of, positions].T
-        return Decided(asked, verdicts, depth, numbers, positions, self.seats.requests[of].tolist(), passed)
-
-    @staticmethod
-    def _records(decided: Decided) -> list[TokenRecord]:
-        """Of each row, given that it is decided at that depth."""
-        asked, verdicts, numbers, depth = decided.asked, decided.verdicts, decided.numbers, decided.depth
-        columns = (
-            numbers.tolist(),
-            decided.requests,
-            decided.positions.tolist(),
-            verdicts.tokens[numbers].tolist(),
-            verdicts.logprobs[numbers].tolist(),
-            verdicts.confidences[numbers].tolist(),
-            decided.passed.tolist(),
-        )
-        out, tops = [], verdicts.tops
-        for number, request, position, token, logprob, confidence, passed in zip(*columns, strict=True):
-            if number >= asked.live:
-                checks = _checks(request.score_rule, position, len(request.prompt), passed)
-            elif request.run_ahead == "lossless":
-                # No exit decides anything there.
-                checks = ()
-            else:
-                checks = _checks(request.rule, position + 1 - len(request.prompt), request.max_tokens, passed)
-            out.append(TokenRecord(token, logprob, depth, confidence, checks, tops.get(number, ())))
-        return out
-
-
-def _checks(rule: ExitRule, number: int, most: int, confidences: Sequence[float]) -> tuple[ExitCheck, ...]:
-    """The exit checks of one token, with the thresholds in force.
-
-    Args:
-        rule: the request's.
-        number: of the token among the request's outputs, from 0.
-        most: outputs that the request may have.
-        confidences: of each exit point that the row has passed; NaN where it was not asked.
-    """
-    return tuple(
-        [
-            ExitCheck(exit_index, confidence, rule.bar(exit_index, number, most))
-            for exit_index, confidence in enumerate(confidences)
-            if confidence == confidence
-        ]
-    )
+        seats, of, positions = self.seats, asked.seats[numbers], asked.evaluations.positions[numbers]
+        live = len(numbers) if asked.live == len(asked.seats) else int(numbers.searchsorted(asked.live))
+        passed = seats.confidence_at(asked.places[numbers])[:depth]
+        if seats.having["lossless"]:
+            # No exit decides anything there.
+            passed[:, seats.lossless[of[:live]].nonzero()[0]] = np.nan
+        requests: list[Request] = seats.requests[of].tolist()
+        tokens: list[int] = verdicts.tokens[numbers].tolist()
+        bars = seats.bars.take(of, axis=1)
+        if seats.having["decaying"]:
+            for row in seats.decaying[of[:live]].nonzero()[0].tolist():
+                bars[:, row] = requests[row].bars(int(positions[row]) + 1 - len(requests[row].prompt))
+        for row in range(live, len(requests)):
+            rule, length = requests[row].score_rule, len(requests[row].prompt)
+            assert rule is not None
+            bars[:, row] = rule.bars(int(positions[row]), length)
+        return Decided(verdicts, depth, live, numbers, of, positions, requests, tokens, passed, bars)

@@ -11,7 +11,6 @@ open, and entries without a record are open rows.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from drex.control.acceptance import Acceptance, Compounding
@@ -44,31 +43,35 @@ class Drafts:
 
         A token that would end the request, or whose row would never run, is not worth having.
         """
-        seat = request.seat
         number = position + 2 - len(request.prompt)
-        if not self.seats.drafting[seat] or number >= request.max_tokens or request.ends(token, number):
+        if number >= request.params.max_tokens or request.ends(token, number):
             return
-        if sum(entry.record is None for entry in request.ahead) < self.most:
+        ahead = request.ahead
+        if len(ahead) < self.most or sum([entry.record is None for entry in ahead]) < self.most:
             self.drafted += 1
             self._append(request, token, Ahead(None, exit_index, confidence))
 
     def hold(self, request: Request, token: int, record: TokenRecord) -> None:
         """A row that stands on others has decided its token; it becomes one when they are settled."""
         self._append(request, token, Ahead(record, 0, 0.0))
+        number = len(request.context) - len(request.prompt)
+        if number >= request.params.max_tokens or request.ends(token, number):
+            self.seats.ended[request.seat] = True
 
     def verify(self, request: Request, position: int, token: int, record: TokenRecord | None) -> bool:
         """A deeper head said a row's token, for good if with a record. Returns whether what stands on it holds."""
+        context, ahead = request.context, request.ahead
+        at = position + 1 - len(context) + len(ahead)
+        agrees = context[position + 1] == token
+        if record is not None:
+            entry = ahead[at]
+            self.acceptance.observe(entry.exit_index, entry.confidence, agrees)
+            if agrees:
+                entry.record = record
+        if agrees:
+            return True
         seat = request.seat
         assert seat is not None
-        at = position - int(self.seats.settled[seat]) + 1
-        entry = request.ahead[at]
-        agrees = request.context[position + 1] == token
-        if record is not None:
-            self.acceptance.observe(entry.exit_index, entry.confidence, agrees)
-        if agrees:
-            if record is not None:
-                request.ahead[at] = entry._replace(record=record)
-            return True
         self.rolled_back += len(request.ahead) - at
         for each in request.ahead[at:]:
             self.compounding.observe(each.open_rows, each.chance, False)
@@ -80,13 +83,14 @@ class Drafts:
 
     def settle(self, request: Request) -> int:
         """Take over what stands on nothing open any more; returns how many tokens. A token may end the request."""
-        settled = 0
-        while request.ahead and (record := request.ahead[0].record) is not None:
-            first = request.ahead.pop(0)
+        settled, ahead = 0, request.ahead
+        while ahead and (record := ahead[0].record) is not None:
+            first = ahead.pop(0)
             self.compounding.observe(first.open_rows, first.chance, True)
             request.take(record)
             settled += 1
-            if request.ending(record.token_id, request.num_output) is not None:
+            number = len(request.records)
+            if number >= request.params.max_tokens or request.ends(record.token_id, number):
                 break
         if settled:
             self.seats.settled[request.seat] += settled
@@ -103,23 +107,19 @@ class Drafts:
         return {"drafted": self.drafted, "rolled_back": self.rolled_back, **self.acceptance.report()}
 
     def _append(self, request: Request, token: int, entry: Ahead) -> None:
-        seats, seat = self.seats, request.seat
-        request.context.append(token)
+        seats, seat, context = self.seats, request.seat, request.context
+        known = len(context)
+        seats.token[seat, known] = token
+        seats.reached[0, seat] = known + 1
+        context.append(token)
         request.ahead.append(entry)
-        number = len(request.context) - len(request.prompt)
-        seats.token[seat, len(request.context) - 1] = token
-        seats.reached[0, seat] += 1
-        seats.ended[seat] = number >= request.max_tokens or request.ends(token, number)
-        open_rows, chance = self.weigh(request)
-        request.ahead[-1] = entry._replace(open_rows=open_rows, chance=chance)
+        entry.open_rows, entry.chance = self.weigh(request)
 
     def weigh(self, request: Request) -> tuple[int, float]:
         """Note how likely the request's next row is to be of use: all that it stands on must be right.
 
         Returns how many open rows that is, and the product of their chances.
         """
-        open_rows = [entry for entry in request.ahead if entry.record is None]
-        count = len(open_rows)
-        chance = math.prod(self.acceptance.chance(entry.exit_index, entry.confidence) for entry in open_rows)
+        count, chance = self.acceptance.of_all(request.ahead) if request.ahead else (0, 1.0)
         self.seats.chance[request.seat] = self.compounding.chance(count, chance)
         return count, chance

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,13 +33,13 @@ FEW = 32
 """From so many ready rows on, only multiples of 8 are considered, and all of them."""
 EARNING_MEMORY = 128.0
 """Passes over which θ is averaged."""
+FADE = math.exp(-1.0 / EARNING_MEMORY)
 NOTHING = (0.0, 0.0, 0)
 ENOUGH = 64
 """Passes that tell what checking exits earns, after as many that don't: costs and drafts are learnt first."""
 
 
-@dataclass(frozen=True)
-class Waiting:
+class Waiting(NamedTuple):
     """What stands where: `ready` requests before segment 0; live rows and the fills they owe at each segment (0: 0).
 
     `chances` are how likely the rows of the ready ones are to be of use, descending; None: all surely are.
@@ -156,19 +156,19 @@ class FlushRule:
 
     def observe(self, tokens: int, seconds: float, *, checked: bool = True) -> None:
         """Count a pass: tokens decided, what it took, and whether exits were checked at the time."""
-        fade = math.exp(-1.0 / EARNING_MEMORY)
+        fade = FADE
         self._tokens, self._seconds = self._tokens * fade + tokens, self._seconds * fade + seconds
         earned, full = self._gain
         self._gain = earned * fade + tokens, full * fade + seconds * self._full_rate()
         if checked:
             # Beside what passes at once were held for meanwhile: if flushes are dearer than they seem, the machine is
             # held for slower while there are many, and passes segment by segment for dearer than they are later.
-            decoding = max(1, self._decoding)
+            decoding, kind = max(1, self._decoding), self._kind
             at_full_depth = seconds * decoding / self.full_step(decoding)
-            earned, full, passes = self._checked.get(self._kind, NOTHING)
+            earned, full, passes = self._checked.get(kind, NOTHING)
             if passes >= ENOUGH:
                 earned, full = earned * fade + tokens, full * fade + at_full_depth
-            self._checked[self._kind] = earned, full, passes + 1
+            self._checked[kind] = earned, full, passes + 1
 
     @property
     def _kind(self) -> tuple[int, bool, bool]:
@@ -239,10 +239,10 @@ class FlushRule:
 
     def full_step(self, decoding: int) -> float:
         """What a token takes at full depth with so many decoding, all segments at once, as of the last refresh."""
-        return self._one_by_one(decoding) * float(self._at_once[min(decoding, len(self._at_once) - 1)])
+        return self._one_by_one(decoding) * self._at_once.item(min(decoding, len(self._at_once) - 1))
 
     def _one_by_one(self, decoding: int) -> float:
-        return float(self._full[min(decoding, len(self._full) - 1)])
+        return self._full.item(min(decoding, len(self._full) - 1))
 
     def _full_rate(self) -> float:
         """Tokens a second at full depth at this load, segment by segment, which all gains are measured by."""

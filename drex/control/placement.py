@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from drex.control.arena import ArenaRows
-from drex.control.plan import BoolArray, Contexts, IntArray, Rows, ragged
+from drex.control.plan import BoolArray, Contexts, IntArray, Rows, ragged, total
 from drex.control.seats import Seats
 from drex.control.slots import SlotLayout, SlotPool
 from drex.request import Request
@@ -24,10 +24,10 @@ class Placed(NamedTuple):
     """The rows of a pass.
 
     Attributes:
-        seats, positions: of all positions in its spans.
+        seats, positions: of all positions in its spans; places: where these are in the columns by position.
         executes: which of them run the segment or write K/V there; the others have an aliased or absent entry. None:
             all.
-        full, fill: rows that run, and that only write K/V; owners: seats of the full ones.
+        full, fill: rows that run, and that only write K/V; owners: seats of the full ones, full_places: their places.
         visible: entries that each full row attends to, its own included.
         sizes: full rows of each span.
         context: what the spans' rows read.
@@ -35,8 +35,10 @@ class Placed(NamedTuple):
 
     seats: IntArray
     positions: IntArray
+    places: IntArray
     executes: BoolArray | None
     owners: IntArray
+    full_places: IntArray
     full: Rows
     fill: Rows
     visible: IntArray
@@ -93,31 +95,46 @@ class Placement:
 
     def place(self, segment: int, seats: IntArray, starts: IntArray, stops: IntArray) -> Placed:
         """Give the positions [start, stop) of requests what they need to pass a segment. Shapes: (spans,) each."""
-        span, positions = ragged(starts, stops)
-        rows, sizes, table = seats[span], stops - starts, self.pool.tables[segment]
-        arena = self._enter(seats, stops, rows, positions) if segment == 0 else self._arena(rows, positions)
-        if segment == 0 or self.kv_fill == "recompute" or (runs := self.seats.depth[rows, positions] > segment).all():
-            return self._all_run(segment, seats, sizes, rows, positions, arena)
-        sizes = np.bincount(span[runs], minlength=len(seats))
+        rows, positions, sizes = seats, starts, stops - starts
+        if total(sizes) > len(sizes):
+            span, positions = ragged(starts, stops)
+            rows = seats[span]
+        places, table = self.seats.places(rows, positions), self.pool.tables[segment]
+        if segment == 0:
+            self._claim(seats, stops, rows, positions)
+        arena = self._arena(segment, places)
+        if segment == 0 or self.kv_fill == "recompute" or (runs := self.seats.depth.take(places) > segment).all():
+            return self._all_run(segment, seats, sizes, rows, positions, places, arena)
+        span = ragged(starts, stops)[0]
+        sizes, running = np.bincount(span[runs], minlength=len(seats)), places[runs]
         if self.kv_fill == "project":
             cells = self.pool.append(segment, rows, positions)
             written = Rows(positions, arena, cells)
             full, fill = _some(written, runs), _some(written, ~runs)
             visible = positions[runs] + 1
-            return Placed(rows, positions, None, rows[runs], full, fill, visible, sizes, table.contexts(seats))
+            contexts = table.contexts(seats)
+            return Placed(rows, positions, places, None, rows[runs], running, full, fill, visible, sizes, contexts)
         entries, cells = self._append_some(segment, seats, span, positions, runs)
         full, visible = Rows(positions[runs], arena[runs], cells), entries[runs] + 1
-        return Placed(rows, positions, runs, rows[runs], full, NO_ROWS, visible, sizes, table.contexts(seats))
+        contexts = table.contexts(seats)
+        return Placed(rows, positions, places, runs, rows[runs], running, full, NO_ROWS, visible, sizes, contexts)
 
     def place_each(self, first: int, last: int, seats: IntArray, starts: IntArray, stops: IntArray) -> list[Placed]:
         """As `place`, for the segments `first` to `last`; to more than one only what goes through."""
         placed = [self.place(first, seats, starts, stops)]
-        rows, positions, sizes, arena = placed[0].seats, placed[0].positions, placed[0].sizes, placed[0].full.arena
-        deeper = range(first + 1, last + 1)
-        return placed + [self._all_run(each, seats, sizes, rows, positions, arena) for each in deeper]
+        rows, positions, places, sizes = placed[0].seats, placed[0].positions, placed[0].places, placed[0].sizes
+        arena, deeper = placed[0].full.arena, range(first + 1, last + 1)
+        return placed + [self._all_run(each, seats, sizes, rows, positions, places, arena) for each in deeper]
 
     def _all_run(
-        self, segment: int, seats: IntArray, sizes: IntArray, rows: IntArray, positions: IntArray, arena: IntArray
+        self,
+        segment: int,
+        seats: IntArray,
+        sizes: IntArray,
+        rows: IntArray,
+        positions: IntArray,
+        places: IntArray,
+        arena: IntArray,
     ) -> Placed:
         """Every position has an entry of its own; under mask some before it may have none."""
         table, entries = self.pool.tables[segment], positions
@@ -125,8 +142,8 @@ class Placement:
             counts = table.counts[seats]
             entries = ragged(counts, counts + sizes)[1]
         cells = self.pool.append(segment, rows, entries)
-        full = Rows(positions, arena, cells)
-        return Placed(rows, positions, None, rows, full, NO_ROWS, entries + 1, sizes, table.contexts(seats))
+        full, contexts = Rows(positions, arena, cells), table.contexts(seats)
+        return Placed(rows, positions, places, None, rows, places, full, NO_ROWS, entries + 1, sizes, contexts)
 
     def goes_through(self, seats: IntArray, starts: IntArray, stops: IntArray) -> bool:
         """Whether positions [start, stop) of requests run in full at all segments, and nothing else has to before."""
@@ -138,16 +155,17 @@ class Placement:
         span, positions = ragged(starts, stops)
         return bool((known.depth[seats[span], positions] == self.segments).all())
 
-    def _arena(self, rows: IntArray, positions: IntArray) -> IntArray:
-        return self.arena.rows(rows, positions) if self.segments > 1 else np.zeros_like(positions)
+    def _arena(self, segment: int, places: IntArray) -> IntArray:
+        """The rows of the arena that positions have; they get them as they come to segment 0."""
+        if self.segments == 1:
+            return np.zeros_like(places)
+        return self.arena.rows(places) if segment else self.arena.take(places)
 
-    def _enter(self, seats: IntArray, stops: IntArray, rows: IntArray, positions: IntArray) -> IntArray:
-        """Positions come to segment 0: their slots are claimed. Returns the rows of the arena that they get."""
-        known = self.seats
-        further = np.maximum(0, stops - known.claimed_length[seats])
-        self.pool.claim(int(further.sum()) * self.slots_per_token)
-        known.claimed_length[seats] += further
-        return self.arena.take(rows, positions) if self.segments > 1 else np.zeros_like(positions)
+    def _claim(self, seats: IntArray, stops: IntArray, rows: IntArray, positions: IntArray) -> None:
+        """Claim the slots of positions that come to segment 0, where they aren't claimed yet."""
+        lengths = self.seats.claimed_length
+        self.pool.claim(int(np.count_nonzero(positions >= lengths[rows])) * self.slots_per_token)
+        lengths[seats] = np.maximum(lengths[seats], stops)
 
     def _append_some(
         self, segment: int, seats: IntArray, span: IntArray, positions: IntArray, runs: BoolArray
@@ -181,19 +199,16 @@ class Placement:
         """Rows have passed a segment, their tokens not yet judged: what executes nothing deeper leaves the arena."""
         if self.segments == 1 or (self.fills_owed and segment + 1 < self.segments):
             return
-        rows, positions = placed.seats, placed.positions
-        if placed.executes is not None:
-            rows, positions = rows[placed.executes], positions[placed.executes]
+        places = placed.places if placed.executes is None else placed.places[placed.executes]
         if not self.fills_owed:
-            ends = self.seats.depth[rows, positions] <= segment + 1
-            rows, positions = rows[ends], positions[ends]
-        self.arena.release(rows, positions)
+            places = places[self.seats.depth.take(places) <= segment + 1]
+        self.arena.release(places)
 
-    def exited(self, seats: IntArray, positions: IntArray, depth: int) -> None:
+    def exited(self, places: IntArray, depth: int) -> None:
         """Rows have exited after `depth` segments: if they owe nothing, they give back what they will not use."""
         if not self.fills_owed:
-            self.arena.release(seats, positions)
-            self.pool.claim(-len(seats) * int(self._skipped[depth]))
+            self.arena.release(places)
+            self.pool.claim(-len(places) * int(self._skipped[depth]))
 
     def skip_ahead(self, seats: IntArray) -> None:
         """Move frontiers past positions that take no row at a segment."""
@@ -235,7 +250,7 @@ class Placement:
         held_by = [request.seat for request in self.seats if request.seat is not None]
         self.pool.check_integrity(held_by)
         self.arena.check_integrity()
-        assert self.seats.having == {name: np.count_nonzero(getattr(self.seats, name)) for name in self.seats.having}
+        self.seats.check_integrity()
         assert self.pool.claimed == sum(self.claimed(seat) for seat in held_by)
         for seat in held_by:
             reached = self.seats.reached[:, seat]

@@ -20,6 +20,8 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 T = TypeVar("T")
+FEW = 128
+"""Numbers that Python adds up about as fast as numpy does."""
 
 
 class Rows(NamedTuple):
@@ -97,9 +99,11 @@ class Draws(NamedTuple):
     prompt_length: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Evaluations:
     """Heads to evaluate at the end of a pass, and all that decides their tokens; an element an evaluation.
+
+    Nobody changes one: it is not frozen since making a frozen one takes three times as long.
 
     Attributes:
         rows: indices into the pass's full rows.
@@ -192,9 +196,11 @@ NOTHING = Verdicts(
 """Of a pass that evaluates no head."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Pass:
     """One execution of one segment over rows of one or more requests, or of several segments at once.
+
+    Nobody changes one, as for `Evaluations`.
 
     A span is the positions [start, stop) of one request; those of them that are in neither `full` nor `fill` have an
     aliased or absent entry at this segment.
@@ -232,6 +238,11 @@ class Pass:
         return [self] if self.then is None else [self, *self.then.parts]
 
     @property
+    def last(self) -> Pass:
+        """The pass for the last segment that is run."""
+        return self if self.then is None else self.then.last
+
+    @property
     def spans(self) -> int:
         """Requests in it."""
         return len(self.starts)
@@ -255,5 +266,10 @@ def ragged(starts: IntArray, stops: IntArray) -> tuple[IntArray, IntArray]:
     sizes = stops - starts
     if np.count_nonzero(sizes == 1) == len(sizes):
         return np.arange(len(sizes)), starts
-    which = np.repeat(np.arange(len(sizes)), sizes)
-    return which, np.arange(len(which)) - np.repeat(sizes.cumsum() - sizes - starts, sizes)
+    which = np.arange(len(sizes)).repeat(sizes)
+    return which, np.arange(len(which)) + (stops - sizes.cumsum())[which]
+
+
+def total(counts: IntArray) -> int:
+    """The sum of counts. Python's own takes half the time that numpy's does of as few as there are in most passes."""
+    return sum(counts.tolist()) if len(counts) < FEW else int(counts.sum())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -69,8 +68,7 @@ class View(NamedTuple):
     chances: FloatArray | None = None
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The segment to run; at segment 0 how many ready rows, deeper whether rows that only owe fills come along.
 
     `through`: all segments at once, if nothing has to come before, with no exit checked.
@@ -199,7 +197,7 @@ class Drex(Split):
         if choice.segment:
             return choice
         self._went_through = self._asked
-        return replace(choice, through=True)
+        return choice._replace(through=True)
 
     def _late_next(self, view: View, segment: int) -> bool:
         """Whether the buffer's first due token could be late if another pass came before its flush.

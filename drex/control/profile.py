@@ -51,8 +51,19 @@ class Curve:
             out = np.asarray(out * np.maximum(1.0, count / xs[-1]))
         return np.where(count > 0, out, 0.0)
 
-    def one(self, count: float) -> float:
-        """As `at`, of one count: numpy takes many times as long for that."""
+    def one(self, count: int) -> float:
+        """As `at`, of one count: numpy takes many times as long for that. Kept, since counts come again and again."""
+        found = self._known.get(count)
+        if found is None:
+            found = self._known[count] = self._one(count)
+        return found
+
+    @cached_property
+    def _known(self) -> dict[int, float]:
+        """Seconds of counts that were asked for."""
+        return {}
+
+    def _one(self, count: int) -> float:
         if count <= 0:
             return 0.0
         xs, ys = self.counts, self.seconds

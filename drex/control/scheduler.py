@@ -18,11 +18,12 @@ from drex.control.admission import Admission
 from drex.control.arena import ArenaRows
 from drex.control.cost import CostModel, Load
 from drex.control.deadlines import Deadlines
-from drex.control.decisions import Asked, Decided, Decisions
+from drex.control.decisions import Asked, Decisions
 from drex.control.drafts import Drafts
 from drex.control.placement import Placement
-from drex.control.plan import NO_EVALUATIONS, BoolArray, IntArray, Pass, PassResult, Verdicts
+from drex.control.plan import NO_EVALUATIONS, BoolArray, IntArray, Pass, PassResult, Verdicts, total
 from drex.control.policies import POLICIES, Checks, Choice, View
+from drex.control.records import Decided
 from drex.control.seats import Seats
 from drex.control.selection import Selection
 from drex.control.slots import SlotLayout, SlotPool
@@ -123,7 +124,7 @@ class Scheduler:
         if sum(standing.owed) > self.config.fill_rows:
             return Choice(max(range(1, self.segments), key=lambda s: standing.owed[s]), fills=True)
         ahead, chances = bool(self.seats.having["drafting"]), None
-        if ahead and ((known := self.seats.chance[standing.ready]) < 1).any():
+        if ahead and np.count_nonzero((known := self.seats.chance[standing.ready]) < 1):
             chances = np.sort(known)[::-1][:fit]
         self.view = View(
             pass_number=self.passes,
@@ -146,24 +147,34 @@ class Scheduler:
 
     def _due(self, standing: Standing) -> list[float]:
         """When the first token of each buffer is due."""
-        if self.seats.due.min() == np.inf:
+        if not self._anyone_due:
             return [np.inf] * self.segments
         return [_least(self.seats.due, waiting, np.inf) for waiting in standing.buffers]
+
+    @property
+    def _anyone_due(self) -> bool:
+        """Whether any running request can have due times."""
+        return self.deadlines.max_slowdown is not None or self.seats.having["paced"] > 0
 
     def _plan(self, choice: Choice, standing: Standing, number: int, now: float) -> Pass:
         segment, seats = choice.segment, self.seats
         checking = self.policy.checks_exits(segment)
         spans, counts = self.selection.pick(choice, standing, now)
         assert len(spans)
-        starts = seats.reached[segment + 1, spans]
+        starts = seats.reached[segment + 1][spans]
         stops = starts + counts
         last = self.segments - 1 if choice.through and self._goes_through(spans, starts, stops) else segment
         placed = self.placement.place_each(segment, last, spans, starts, stops)
         asked = self.decisions.ask(last, spans, placed[-1], checking=checking)
         self.unchecked += asked.unasked if last == segment else self.decisions.could_exit(asked)
         seats.idle[spans] = False
+        live, fills = len(spans), 0
+        if seats.catching_up:
+            decoding = seats.decodes[spans]
+            live = int(np.count_nonzero(decoding))
+            fills = int(counts[decoding].sum()) - live
         earning = last == segment and self.policy.checking
-        self._outstanding[number] = Work(spans, counts, last, placed[-1], asked, standing.decoding, earning)
+        self._outstanding[number] = Work(spans, live, len(spans) - live, fills, last, placed[-1], asked, earning)
         then = None
         for each in range(last, segment - 1, -1):
             rows = placed[each - segment]
@@ -175,7 +186,7 @@ class Scheduler:
                 sizes=rows.sizes,
                 full=rows.full,
                 visible=rows.visible,
-                tokens=seats.token[rows.seats, rows.positions] if each == 0 else starts[:0],
+                tokens=seats.token.take(rows.places) if each == 0 else starts[:0],
                 fill=rows.fill,
                 context=rows.context,
                 evaluations=asked.evaluations if each == last else NO_EVALUATIONS,
@@ -198,11 +209,12 @@ class Scheduler:
         seats.idle[work.spans] = True
         if result.verdicts is None:
             self._fail(work, seats.requests[work.spans].tolist(), f"{type(result.error).__name__}: {result.error}")
-        elif result.verdicts.finite.all():
+        elif np.count_nonzero(result.verdicts.finite) == len(result.verdicts):
             self._advance(done, work, result.verdicts, now)
         else:
             self._advance_finite(done, work, result.verdicts, now)
-        work.touched += [each for each in self.admission.finish_aborted() if each not in work.touched]
+        if aborted := self.admission.finish_aborted():
+            work.touched += [each for each in aborted if each not in work.touched]
 
     def _fail(self, work: Work, requests: list[Request], error: str) -> None:
         """End requests of a committed pass with an error, but for those that it ended or that were to be aborted."""
@@ -246,16 +258,19 @@ class Scheduler:
     def _advance(self, done: Pass, work: Work, verdicts: Verdicts, now: float) -> None:
         """Rows have passed a segment: they are decided, or wait for the next one."""
         seats, segment, asked = self.seats, work.last, work.asked
-        settled = seats.settled[work.spans]
-        with_live_row = (done.starts < settled) & (settled <= done.stops)
-        seats.reached[done.segment + 1 : segment + 2, work.spans] = done.stops
+        settled = seats.settled[asked.arrived]
+        for each in range(done.segment, segment + 1):
+            seats.reached[each + 1][work.spans] = done.stops
         self.placement.passed(segment, work.placed)
         decided, written = self.decisions.take_in(segment, asked, verdicts, self._exits(segment, asked, verdicts))
         self.placement.skip_ahead(work.spans)
-        seats.since[work.spans[with_live_row]] = self.passes
-        undecided = work.spans[with_live_row & (seats.settled[work.spans] == settled)]
-        if segment + 1 < self.segments and np.isfinite(seats.due[undecided]).any():
-            self._late_already(undecided, segment + 1, now)
+        seats.since[asked.arrived] = self.passes
+        if work.prompts:
+            seats.caught_up(work.spans)
+        if segment + 1 < self.segments and self._anyone_due:
+            undecided = asked.arrived[seats.settled[asked.arrived] == settled]
+            if np.isfinite(seats.due[undecided]).any():
+                self._late_already(undecided, segment + 1, now)
         work.unwritten = decided
         self._emit(decided, written, work, now)
 
@@ -266,8 +281,9 @@ class Scheduler:
             return verdicts.exited
         said = Checks(verdicts.confidences[live], asked.evaluations.thresholds[live], verdicts.exited[live])
         allowed = self.policy.exits(segment, said)
-        self.policy.observe(segment, asked.live, int(allowed.sum()))
-        return np.concatenate((allowed, verdicts.exited[asked.live :]))
+        self.policy.observe(segment, asked.live, int(np.count_nonzero(allowed)))
+        all_live = asked.live == len(verdicts)
+        return allowed if all_live else np.concatenate((allowed, verdicts.exited[asked.live :]))
 
     def _late_already(self, spans: IntArray, segment: int, now: float) -> None:
         """Live rows have come to a buffer: count those whose tokens can't be in time any more."""
@@ -278,21 +294,34 @@ class Scheduler:
 
     def _emit(self, decided: Decided, written: list[tuple[Request, int]], work: Work, now: float) -> None:
         """Requests got tokens: they set when the next is due, and may be the last."""
-        seats, full_step = self.seats, self.policy.rule.full_step(self.seats.decoding)
-        live = int(np.searchsorted(decided.numbers, work.asked.live))
-        tokens = decided.verdicts.tokens[decided.numbers[:live]].tolist()
-        of = work.asked.seats[decided.numbers[:live]]
-        counts = seats.settled[of] - seats.prompt[of]
-        ends = np.fromiter(map(contains, seats.ends[of], tokens), np.bool_, live) & (counts >= seats.fewest[of])
-        ends |= counts >= seats.most[of]
-        # Most have no target, and go on.
-        for row in np.flatnonzero(ends | (counts == 1) | self.deadlines.bounds(seats.pace[of])).tolist():
+        seats, live = self.seats, decided.live
+        rows, first, anyone_due = [], 0, self._anyone_due
+        if live:
+            of, tokens = decided.seats[:live], decided.tokens[:live]
+            counts = decided.positions[:live] + 2 - seats.prompt[of]
+            # Most have no target, and go on.
+            notable = counts >= seats.most[of]
+            if work.prompts:
+                firsts = counts == 1
+                first = int(np.count_nonzero(firsts))
+                notable |= firsts
+            if anyone_due:
+                notable |= self.deadlines.bounds(seats.paced[of])
+            might_end = list(map(contains, seats.ends[of].tolist(), tokens))
+            if True in might_end:
+                notable |= might_end
+            rows = notable.nonzero()[0].tolist()
+        full_step = self.policy.rule.full_step(seats.decoding) if rows or written else 0.0
+        for row in rows:
             self._emitted(decided.requests[row], tokens[row], int(counts[row]), now, full_step)
         for request, _ in written:
-            self._emitted(request, request.tokens[-1], request.num_output, now, full_step)
+            token, number = request.tokens[-1], len(request.records)
+            most = request.params.max_tokens
+            if anyone_due or request.abort_asked is not None or number >= most or request.ends(token, number):
+                self._emitted(request, token, number, now, full_step)
         work.touched = [*decided.requests[:live], *(request for request, _ in written)]
         # The first token of a request comes from its prompt; what stands on others never is the first.
-        work.decided = live - int((counts == 1).sum()) + sum(count for _, count in written)
+        work.decided = live - first + sum(count for _, count in written)
 
     def _emitted(self, request: Request, token: int, number: int, now: float, full_step: float) -> None:
         """A request's token came, output `number`, perhaps after others."""
@@ -304,7 +333,7 @@ class Scheduler:
 
     def took(self, done: Pass, seconds: float) -> None:
         """Learn how long a committed pass took, the engine's own time included."""
-        load, work, rule = Load.of(done.parts[-1]), self._outstanding.pop(done.number), self.policy.rule
+        load, work, rule = Load.of(done.last), self._outstanding.pop(done.number), self.policy.rule
         if done.then is None:
             self.cost.observe(done.segment, load, seconds)
         else:
@@ -312,12 +341,14 @@ class Scheduler:
         if not work.prompts:
             rule.observe(work.decided, seconds, checked=work.checking)
             if done.segment == 0:
-                self._context = float(done.context.lengths.mean())
+                lengths = load.entries if done.then is None else total(done.context.lengths)
+                self._context = lengths / done.spans
         elif work.live:
             # Prompts came along: the decode rows' share is what they would have taken alone.
-            fills = int(work.counts[work.decoding[work.spans]].sum()) - work.live
             alone = (
-                float(rule.seconds(done.segment, work.live, fills)) if done.then is None else rule.full_step(work.live)
+                float(rule.seconds(done.segment, work.live, work.fills))
+                if done.then is None
+                else rule.full_step(work.live)
             )
             rule.observe(work.decided, alone, checked=work.checking)
         rule.prepare(self.passes, self._context)
@@ -333,4 +364,4 @@ class Scheduler:
 
 def _least(column: npt.NDArray[Any], seats: IntArray, default: float) -> Any:
     """The smallest entry of some seats."""
-    return column[seats].min().item() if len(seats) else default
+    return min(column[seats].tolist(), default=default)

@@ -18,7 +18,7 @@ from drex.control.deadlines import pace
 from drex.control.plan import BoolArray, FloatArray, IntArray
 from drex.request import Request
 
-RARE = ("drafting", "lossless", "decaying", "scored", "patient", "fewest")
+RARE = ("drafting", "lossless", "decaying", "scored", "patient", "fewest", "paced")
 """Columns that few requests have anything in: whole passes go without a look at them."""
 
 
@@ -33,6 +33,8 @@ class Seats:
     Attributes:
         requests: None where the seat is empty. Shape (seats,), as all that has no other.
         idle: whether a request sits there that no outstanding pass holds.
+        decodes: whether it has a token, and no prompt or replay still to pass the first segment; once it does, it
+            does so until it leaves. catching_up: how many have yet to.
         reached: how many positions have come to each segment: known tokens at the first, positions with K/V at all
             segments last. (segments + 1, seats).
         prompt: its length.
@@ -42,9 +44,11 @@ class Seats:
         chance: how likely what the next row stands on is right.
         claimed_length: positions whose slots are claimed.
         since: the pass at which the live row came to where it waits.
-        due: when the next token is due; pace: the target for each. Seconds, infinite where there is none.
+        due: when the next token is due; pace: the target for each. Seconds, infinite where there is none. paced:
+            whether there is a target.
         threshold: of the first row that is not settled at each exit; NaN where it may not exit. (segments - 1, seats).
-        decaying: whether later rows have other thresholds.
+        bars: what the confidence of any row has to reach at each exit, unless `decaying`: whether later rows have
+            other thresholds. Infinite where the exit can't be taken. (segments - 1, seats).
         scored: whether prompt rows are measured; patient: whether any of its rules counts agreeing exits.
         measured: whether a prompt row of a scored request has been measured. (seats, room).
         fewest, most: output tokens before which no end comes, and with which the text ends anyway.
@@ -61,6 +65,8 @@ class Seats:
         self.segments, self.room = segments, room
         self.requests: npt.NDArray[np.object_] = np.full(seats, None)
         self.idle: BoolArray = np.zeros(seats, dtype=np.bool_)
+        self.decodes: BoolArray = np.zeros(seats, dtype=np.bool_)
+        self.catching_up = 0
         self.reached: IntArray = np.zeros((segments + 1, seats), dtype=np.int64)
         self.prompt: IntArray = np.zeros(seats, dtype=np.int64)
         self.settled: IntArray = np.zeros(seats, dtype=np.int64)
@@ -72,7 +78,9 @@ class Seats:
         self.since: IntArray = np.zeros(seats, dtype=np.int64)
         self.due: FloatArray = np.full(seats, np.inf)
         self.pace: FloatArray = np.full(seats, np.inf)
+        self.paced: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.threshold: FloatArray = np.full((segments - 1, seats), np.nan)
+        self.bars: FloatArray = np.full((segments - 1, seats), np.inf)
         self.decaying: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.scored: BoolArray = np.zeros(seats, dtype=np.bool_)
         self.patient: BoolArray = np.zeros(seats, dtype=np.bool_)
@@ -108,20 +116,23 @@ class Seats:
     @property
     def decoding(self) -> int:
         """Requests that have a token."""
-        return int(np.count_nonzero(self.settled > self.prompt))
+        return int(np.count_nonzero(self.settled > self.prompt)) if self.catching_up else len(self)
 
     def sit(self, request: Request) -> int:
         """Give a request a seat; it starts from its record, with no K/V."""
         seat = request.seat = heapq.heappop(self._empty)
         self.requests[seat] = request
         self.idle[seat] = True
+        self.catching_up += 1
         self.reached[:, seat] = 0
         self.reached[0, seat] = len(request.tokens)
         self.prompt[seat], self.settled[seat] = len(request.prompt), len(request.tokens)
         self.drafting[seat], self.lossless[seat] = request.run_ahead != "off", request.run_ahead == "lossless"
         self.ended[seat], self.chance[seat] = False, 1.0
         self.due[seat], self.pace[seat] = request.due, pace(request.params)
+        self.paced[seat] = self.pace[seat] < np.inf
         self.decaying[seat] = request.rule.schedule != "constant"
+        self.bars[:, seat] = request.bars(1)
         self.scored[seat] = request.score_rule is not None
         self.fewest[seat], self.most[seat] = request.params.min_tokens, request.max_tokens
         self.ends[seat], self.draws[seat] = request.end_token_ids, request.draws
@@ -148,10 +159,12 @@ class Seats:
         assert self.idle[seat]
         self._count(seat, -1)
         self.requests[seat] = self.draws[seat] = request.seat = None
-        self.idle[seat] = False
+        self.catching_up -= not bool(self.decodes[seat])
+        self.idle[seat] = self.decodes[seat] = False
         self.reached[:, seat] = self.prompt[seat] = self.settled[seat] = 0
         self.drafting[seat] = self.lossless[seat] = False
         self.due[seat] = self.pace[seat] = np.inf
+        self.paced[seat] = False
         self.decaying[seat] = self.scored[seat] = self.patient[seat] = False
         self.fewest[seat] = 0
         heapq.heappush(self._empty, seat)
@@ -159,6 +172,29 @@ class Seats:
     def _count(self, seat: int, change: int) -> None:
         for name in self.having:
             self.having[name] += change * bool(getattr(self, name)[seat])
+
+    def places(self, seats: IntArray, positions: IntArray) -> IntArray:
+        """Where positions of requests are in the columns by position, laid out flat. Shape of all: (rows,)."""
+        out: IntArray = seats * self.room
+        out += positions
+        return out
+
+    def confidence_at(self, places: IntArray) -> FloatArray:
+        """What each exit said of positions. Shape: (segments - 1, rows)."""
+        return self.confidence.reshape(self.segments - 1, self.depth.size).take(places, axis=1)
+
+    def caught_up(self, seats: IntArray) -> None:
+        """Prompts or replays have come further: note who decodes now."""
+        decode = (self.settled[seats] > self.prompt[seats]) & (self.reached[1][seats] >= self.settled[seats] - 1)
+        self.catching_up -= int(np.count_nonzero(decode & ~self.decodes[seats]))
+        self.decodes[seats] = decode
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless what is kept up beside the columns follows from them."""
+        assert self.having == {name: np.count_nonzero(getattr(self, name)) for name in self.having}
+        decode = (self.settled > self.prompt) & (self.reached[1] >= self.settled - 1)
+        assert np.array_equal(self.decodes, decode)
+        assert self.catching_up == len(self) - np.count_nonzero(decode)
 
     def look_ahead(self, request: Request) -> None:
         """Set the thresholds of the row after the last settled token. A first token never exits early."""

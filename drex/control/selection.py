@@ -8,7 +8,7 @@ from drex.config import EngineConfig
 from drex.control.cost import CostModel, Load
 from drex.control.deadlines import CHUNK_FLOOR
 from drex.control.placement import Placement
-from drex.control.plan import IntArray
+from drex.control.plan import IntArray, total
 from drex.control.policies import Choice
 from drex.control.seats import Seats
 from drex.control.standing import Standing
@@ -81,7 +81,7 @@ class Selection:
         """Decode rows, the surest and then those that are due first where not all go; then prompts in chunks."""
         ready, urgent = standing.ready, standing.urgent[0]
         if choice.ready == len(ready) <= self._surely():
-            chosen = ready, standing.pending[0, ready]
+            chosen = ready, standing.pending[0][ready]
         else:
             ready = self.seats.by_urgency(ready)
             order = np.lexsort((self.seats.due[ready], -self.seats.chance[ready]))
@@ -110,7 +110,7 @@ class Selection:
         waiting, most = standing.buffers[segment], self.config.max_num_batched_tokens
         if not choice.fills and not len(standing.urgent[segment]):
             counts = pending[waiting]
-            if int(np.add.reduce(counts)) <= most:
+            if total(counts) <= most:
                 return waiting, counts
         order = [waiting[np.argsort(self.seats.since[waiting], kind="stable")], standing.urgent[segment]]
         if choice.fills:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -32,7 +33,7 @@ class SlotLayout:
 
     lengths: tuple[int, ...]
 
-    @property
+    @cached_property
     def layers_per_cell(self) -> int:
         return math.gcd(*self.lengths)
 
@@ -48,9 +49,9 @@ class SegmentTables:
     """Entries of all requests at one segment, by seat, in order of position: own cells, or aliases of another slot.
 
     Shapes: counts (seats,) entries; low and high (parts, seats), the stretch that each part grows in, empty where there
-    is none; in_run (seats,), whether all entries are own cells at `low` plus their index; told (seats,), how many of
-    the entries that lie in no run passes have told of. Where a request is not in a run, `_cells` (parts, seats, room)
-    has its cells, or slots where `aliased` (seats, room).
+    is none; in_run (seats,), whether all entries are own cells at `low` plus their index, and `scattered`, how many
+    tables are not so; told (seats,), how many of the entries that lie in no run passes have told of. Where a request is
+    not in a run, `_cells` (parts, seats, room) has its cells, or slots where `aliased` (seats, room).
     """
 
     def __init__(self, parts: int, seats: int, room: int) -> None:
@@ -62,6 +63,8 @@ class SegmentTables:
         self.low: IntArray = np.zeros((parts, seats), dtype=np.int64)
         self.high: IntArray = np.zeros((parts, seats), dtype=np.int64)
         self.in_run: BoolArray = np.ones(seats, dtype=np.bool_)
+        self.scattered = 0
+        self._all_in_run: BoolArray = np.ones(seats, dtype=np.bool_)
         self.told: IntArray = np.zeros(seats, dtype=np.int64)
 
     def entries(self, seat: int) -> tuple[IntArray, BoolArray]:
@@ -82,31 +85,36 @@ class SegmentTables:
         return own
 
     def put(self, seats: IntArray, entries: IntArray, cells: IntArray) -> None:
-        """Set entries, ascending in each seat. Shapes: seats and entries (rows,), cells (parts, rows) or (rows,)."""
-        in_run = self.in_run[seats]
-        if np.count_nonzero(in_run) < len(seats):
-            noted = ~in_run
+        """Note where entries are. Shapes: seats and entries (rows,), cells (parts, rows) or (rows,)."""
+        if self.scattered:
+            noted = ~self.in_run[seats]
             self._cells[:, seats[noted], entries[noted]] = cells[..., noted]
-        # Own entries and aliases of one span come one after the other, whichever is last.
-        self.counts[seats] = np.maximum(self.counts[seats], entries + 1)
+
+    def set_in_run(self, seat: int, in_run: bool) -> None:
+        """Note whether the entries of a request lie in a run."""
+        self.scattered += bool(self.in_run[seat]) - in_run
+        self.in_run[seat] = in_run
 
     def leave_runs(self, seats: IntArray) -> None:
         """Requests get entries that are in no run with their others: note these."""
         for seat in np.unique(seats[self.in_run[seats]]).tolist():
             self._cells[:, seat, : self.counts[seat]], _ = self.entries(seat)
-            self.in_run[seat] = False
+            self.set_in_run(seat, False)
 
     def contexts(self, seats: IntArray) -> Contexts:
         """What attention reads, by seat; the pass that it goes with tells of what is fresh."""
+        lengths, starts = self.counts[seats], self.low.take(seats, axis=1)
+        if not self.scattered:
+            return Contexts(seats, lengths, self._all_in_run[: len(seats)], starts, NO_ENTRIES)
         in_run = self.in_run[seats]
-        if np.count_nonzero(in_run) == len(in_run):
-            return Contexts(seats, self.counts[seats], in_run, self.low.take(seats, axis=1), NO_ENTRIES)
         scattered = seats[~in_run]
+        if not len(scattered):
+            return Contexts(seats, lengths, in_run, starts, NO_ENTRIES)
         which, numbers = ragged(self.told[scattered], self.counts[scattered])
         of = scattered[which]
         fresh = Entries(of, numbers, self._cells[:, of, numbers], self.aliased[of, numbers])
         self.told[scattered] = self.counts[scattered]
-        return Contexts(seats, self.counts[seats], in_run, self.low[:, seats], fresh)
+        return Contexts(seats, lengths, in_run, starts, fresh)
 
 
 class SlotPool:
@@ -117,11 +125,15 @@ class SlotPool:
         tokens: how many tokens fit at every layer.
         seats: requests that can have tables.
         room: positions that a request may reach.
+
+    Attributes:
+        capacity: all slots.
     """
 
     def __init__(self, layout: SlotLayout, tokens: int, seats: int, room: int) -> None:
         self.layout = layout
         self.num_cells = tokens * layout.cells_per_token
+        self.capacity = self.num_cells * layout.layers_per_cell
         self.claimed = 0
         self.tables = [SegmentTables(layout.parts(s), seats, room) for s in range(len(layout.lengths))]
         self._free: BoolArray = np.ones(self.num_cells, dtype=np.bool_)
@@ -131,11 +143,6 @@ class SlotPool:
         self._left: list[int] = []
         self._most_left = seats * layout.cells_per_token
         self._untouched = 0
-
-    @property
-    def capacity(self) -> int:
-        """All slots."""
-        return self.num_cells * self.layout.layers_per_cell
 
     @property
     def in_use(self) -> int:
@@ -169,7 +176,7 @@ class SlotPool:
                 self._free[cells] = True
                 self._cells_in_use -= len(cells)
                 table.aliased[seat, :count] = False
-                table.in_run[seat] = True
+                table.set_in_run(seat, True)
             for start, stop in zip(table.low[:, seat].tolist(), table.high[:, seat].tolist(), strict=True):
                 if run:
                     self._free[start : start + count] = True
@@ -195,15 +202,20 @@ class SlotPool:
             table.leave_runs(seats[~there.all(0)])
         self._cells_in_use += cells.size
         table.put(seats, entries, cells)
+        table.counts[seats] = entries + 1
         return cells
 
     def append_aliases(self, segment: int, seats: IntArray, entries: IntArray, cells: IntArray) -> None:
-        """Add entries that read, at every layer of this segment, the last layer of another part's cells (rows,)."""
+        """Add entries that read, at every layer of this segment, the last layer of another part's cells (rows,).
+
+        They may stand before entries of the same pass that have cells of their own, which come first.
+        """
         table = self.tables[segment]
         table.leave_runs(seats)
         # The flat slot number of a cell's last layer.
         table.put(seats, entries, (self.layout.layers_per_cell - 1) * self.num_cells + cells)
         table.aliased[seats, entries] = True
+        table.counts[seats] = np.maximum(table.counts[seats], entries + 1)
 
     def cut(self, table: SegmentTables, seat: int, entries: int) -> None:
         """Free all but the first so many entries of a table."""
@@ -220,7 +232,7 @@ class SlotPool:
         if not table.in_run[seat]:
             cells, aliased = table.entries(seat)
             run = table.low[:, seat, None] + np.arange(entries)
-            table.in_run[seat] = not aliased.any() and bool((cells == run).all())
+            table.set_in_run(seat, not aliased.any() and bool((cells == run).all()))
 
     def _elsewhere(self, count: int) -> IntArray:
         """Free cells, those that nobody prefers first; marked as taken."""
@@ -269,6 +281,7 @@ class SlotPool:
         held = set(holders)
         seen = np.zeros(self.num_cells, dtype=np.int64)
         for table in self.tables:
+            assert table.scattered == np.count_nonzero(~table.in_run)
             assert set(np.flatnonzero(table.counts).tolist()) <= held, "a request holds cells that it should not"
             for seat in held:
                 np.add.at(seen, table.own_cells(seat), 1)

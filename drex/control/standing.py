@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
-from drex.control.plan import BoolArray, IntArray
+from drex.control.plan import BoolArray, IntArray, total
 from drex.control.seats import Seats
 
 
@@ -38,23 +36,25 @@ class Standing(NamedTuple):
     def of(cls, seats: Seats) -> Standing:
         """Look at all seats."""
         reached, settled = seats.reached, seats.settled
-        pending = reached[:-1] - reached[1:]
-        # The first row that is not settled stands at position settled - 1.
-        decoding = seats.idle & (settled > seats.prompt) & (reached[1] >= settled - 1)
-        arrived = [decoding & (pending[0] > 0)]
+        pending, decoding = reached[:-1] - reached[1:], seats.idle & seats.decodes
+        # The first row that is not settled has come to a segment if as many positions have as are settled.
+        waits, buffers, owed = decoding, [], []
+        for segment in range(seats.segments - 1, 0, -1):
+            came = waits & (reached[segment] >= settled)
+            waits = waits ^ came
+            buffers.append(came.nonzero()[0])
+            owed.append(total(pending[segment][decoding]) - len(buffers[-1]))
         if seats.having["drafting"]:
-            arrived[0] &= ~seats.ended
-        for segment in range(1, seats.segments):
-            arrived.append(decoding & (reached[segment] >= settled) & (reached[segment + 1] < settled))
-        ready, *buffers = [waits.nonzero()[0] for waits in arrived]
-        catching_up, nobody = seats.idle ^ decoding, ready[:0]
+            waits = decoding & (pending[0] > 0) & ~seats.ended
+        ready = waits.nonzero()[0]
+        nobody = ready[:0]
         urgent = [nobody] * seats.segments
-        if np.count_nonzero(catching_up):
+        if seats.catching_up:
+            catching_up = seats.idle ^ decoding
             urgent = [(catching_up & (rows > 0)).nonzero()[0] for rows in pending]
-        further = [int(pending[s][decoding].sum()) - len(waits) for s, waits in enumerate(buffers, 1)]
-        return cls(pending, decoding, ready, [nobody, *buffers], urgent, [0, *further])
+        return cls(pending, decoding, ready, [nobody, *reversed(buffers)], urgent, [0, *reversed(owed)])
 
     def fills(self, segment: int) -> int:
         """Rows that the requests in a buffer owe there beside their live rows."""
         waiting = self.buffers[segment]
-        return int(self.pending[segment][waiting].sum()) - len(waiting) if len(waiting) else 0
+        return total(self.pending[segment][waiting]) - len(waiting) if len(waiting) else 0

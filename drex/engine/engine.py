@@ -231,7 +231,7 @@ class Engine:
 
     def _say_if_it_does_not_pay(self) -> None:
         rule = self.scheduler.policy.rule
-        if rule.pays is False and not self._said:
+        if not self._said and rule.pays is False:
             self._said = True
             log.warning(
                 "early exit does not pay here: %.1f tokens/s at best against %.1f at full depth, with %d decoding; "
