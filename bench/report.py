@@ -24,6 +24,8 @@ def print_report(found: dict[str, Any], console: Console) -> None:
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         highlight=False,
     )
+    asked = found["settings"]
+    console.print(f"prompts: {asked['prompts']}; output tokens: {asked['output_tokens']}", highlight=False)
     if found["throughput"]:
         console.print(_throughput(found["throughput"]))
         console.print(_own_time(found["throughput"]))
@@ -78,7 +80,8 @@ def targets(found: dict[str, Any]) -> list[dict[str, Any]]:
 def _throughput(cells: list[dict[str, Any]]) -> Table:
     table = Table(
         title="Output tokens a second at full depth, medians; prompts included in the time",
-        caption="x0.2: lengths times 0.2. Per token computed: drex/transformers, unwanted tokens counted too.",
+        caption="x0.2: lengths times 0.2, but for prompts from a file. "
+        "Per token computed: drex/transformers, unwanted tokens counted too.",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("model", no_wrap=True)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from drex.bench.subject import prompts_in
 from drex.compute.load import find_model
 from drex.compute.spec import ModelSpec
+from drex.tokenizer import load_tokenizer
 
 PROMPT_TOKENS = (16, 128)
 OUTPUT_TOKENS = (16, 240)
@@ -59,17 +61,72 @@ class Job:
     wanted: int
 
 
+@dataclass(frozen=True)
+class PromptFile:
+    """Prompts that are read from a file, each of them one request, however many are in flight.
+
+    Attributes:
+        name: of the file.
+        prompts: text or token ids.
+        output_tokens: wanted of each request.
+    """
+
+    name: str
+    prompts: list[str | list[int]]
+    output_tokens: int
+
+    @classmethod
+    def read(cls, path: Path, requests: int | None, output_tokens: int) -> PromptFile:
+        """The first `requests` prompts of a file of JSON lines with "prompt"; None is all.
+
+        Raises:
+            ValueError: another kind of file, one with fewer prompts, or no output tokens.
+        """
+        if output_tokens < 1:
+            raise ValueError("ask for 1 output token at least")
+        prompts = prompts_in(path)
+        if requests is not None and not 0 < requests <= len(prompts):
+            raise ValueError(f"{path} has {len(prompts)} prompts: ask for 1 to {len(prompts)}")
+        return cls(path.name, prompts[:requests], output_tokens)
+
+    def jobs(self, folder: Path, scale: float) -> list[Job]:
+        """The requests, outputs times `scale`; text is what a user says where the model has a chat template.
+
+        Raises:
+            ValueError: text, and no tokenizer in the model's `folder`.
+        """
+        tokenizer = load_tokenizer(folder)
+
+        def token_ids(text: str) -> list[int]:
+            if tokenizer is None:
+                raise ValueError(f"{self.name} has text, and the model no tokenizer")
+            if not tokenizer.chat_template:
+                return list(tokenizer(text)["input_ids"])
+            said = [{"role": "user", "content": text}]
+            return list(tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False))
+
+        wanted = _scaled(self.output_tokens, scale)
+        return [Job(token_ids(prompt) if isinstance(prompt, str) else prompt, wanted) for prompt in self.prompts]
+
+
 def prepare(name: str, scratch: Path) -> Subject:
-    """Find a model, or write one with random weights below `scratch`.
+    """Find a model by its name or folder, or write one with random weights below `scratch`.
 
     Raises:
         FileNotFoundError: the bundled model is not in this checkout.
+        ValueError: a folder with no model that drex can load, or one whose requests have to be too short.
     """
     if name == "bundled":
         folder = find_model(None)
         if not (folder / "model.safetensors").is_file():
             raise FileNotFoundError(f"{folder} has no model.safetensors: the bundled model is not in this checkout")
         return Subject(name, "trained model", folder, ModelSpec.from_folder(folder).vocab_size)
+    if name not in SHAPES:
+        folder = Path(name).resolve()
+        spec = ModelSpec.from_folder(folder)
+        if spec.longest_request < MAX_LENGTH:
+            raise ValueError(f"its requests have at most {spec.longest_request} tokens, those here up to {MAX_LENGTH}")
+        return Subject(folder.name, "trained model", folder, spec.vocab_size)
     config = LlamaConfig(
         **SHAPES[name],
         max_position_embeddings=512,
@@ -91,12 +148,16 @@ def make_jobs(vocab_size: int, in_flight: int, scale: float, seed: int = 0) -> l
     count = in_flight * REQUESTS_PER_SLOT.get(in_flight, 2)
 
     def length(bounds: tuple[int, int]) -> int:
-        return max(2, round(draw.randint(*bounds) * scale))
+        return _scaled(draw.randint(*bounds), scale)
 
     return [
         Job([draw.randrange(3, vocab_size) for _ in range(length(PROMPT_TOKENS))], length(OUTPUT_TOKENS))
         for _ in range(count)
     ]
+
+
+def _scaled(tokens: int, scale: float) -> int:
+    return max(2, round(tokens * scale))
 
 
 def warm_up(jobs: list[Job], in_flight: int) -> list[Job]:
