@@ -156,8 +156,7 @@ class Products:
     def __init__(self, device: torch.device, dtype: torch.dtype, kernels: tuple[str, ...] | None = None) -> None:
         self.kernels = kernels_for(device, dtype) if kernels is None else kernels
         self.chosen: dict[tuple[int, int], str] = {}
-        threads = torch.get_num_threads()
-        self._key = f"{device_name(device)}, {threads} threads, torch {torch.__version__}, {dtype}, {self.kernels}"
+        self._key = f"{device_name(device)}, torch {torch.__version__}, {dtype}, {self.kernels}"
 
     @property
     def packs(self) -> bool:
@@ -207,7 +206,20 @@ class Products:
 
 @torch.inference_mode()
 def _least_seconds(products: Mapping[str, Linear], weight: Tensor) -> dict[str, float]:
-    """For each product of a weight, the geometric mean over numbers of rows of the least time that it takes."""
+    """For each product of a weight, the geometric mean over numbers of rows of the least time that it takes.
+
+    It is the processor's time on one thread, which says the same on a machine that is busy with other work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _least_seconds_of_a_thread(products, weight)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _least_seconds_of_a_thread(products: Mapping[str, Linear], weight: Tensor) -> dict[str, float]:
+    """As `_least_seconds`, with the threads that there are."""
     least: dict[str, list[float]] = {name: [] for name in products}
     for rows in TRIED_ROWS:
         x = weight.new_ones(rows, weight.shape[1])
@@ -215,9 +227,9 @@ def _least_seconds(products: Mapping[str, Linear], weight: Tensor) -> dict[str, 
         for _ in range(TRIES):
             # In turns, so that a slow moment of the machine meets all of them.
             for name, product in products.items():
-                started = time.perf_counter()
+                started = time.thread_time()
                 product(x)
-                times[name].append(time.perf_counter() - started)
+                times[name].append(time.thread_time() - started)
         for name, found in times.items():
             least[name].append(min(found))
     return {name: statistics.geometric_mean(found) for name, found in least.items()}
