@@ -103,7 +103,7 @@ class Draws(NamedTuple):
 class Evaluations:
     """Heads to evaluate at the end of a pass, and all that decides their tokens; an element an evaluation.
 
-    Nobody changes one: it is not frozen since making a frozen one takes three times as long.
+    Nobody changes one: it is not frozen since making a frozen one takes four times as long.
 
     Attributes:
         rows: indices into the pass's full rows.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -265,19 +265,24 @@ def test_without_the_bound_one_request_would_pay_for_the_others(shape: str) -> N
     assert free > slowdown * full
 
 
-def test_due_times_and_counts_are_those_of_the_requests_that_run_now() -> None:
+@pytest.mark.parametrize("mode", ["off", "trusted"])
+def test_due_times_and_counts_are_those_of_the_requests_that_run_now(mode: str) -> None:
     """Whoever loses a seat and comes again keeps what is due; whoever has ended leaves nothing in its seat."""
     made = profile("linear", 1.0, 1.0)
     config = EngineConfig(64, 4, 16, kv_cache_tokens=24)
     scheduler = make_scheduler(config, SlotLayout((2, 2)), "recompute", made)
     targets = [{"itl_ms": 400.0}, {}, {"tpot_ms": 250.0}, {"tpot_ms": 90.0, "itl_ms": 70.0}, {}, {"itl_ms": 150.0}]
     for number, each in enumerate(targets):
-        scheduler.add(request(number, 4, 6 + 2 * number, 2, **each), 0.0)
+        scheduler.add(replace(request(number, 4, 6 + 2 * number, 2, **each), run_ahead=mode), 0.0)
     machine, seats, empty = Machine(0.5, profile=made), scheduler.seats, False
     for _ in range(2000):
         batch = machine.run(scheduler)
         running = list(seats)
         assert seats.due.min() == min((each.due for each in running), default=math.inf)
+        for each in running:
+            if each.num_output and each.params.tpot_ms == 250.0:
+                assert each.first_token_at is not None
+                assert each.due == pytest.approx(each.first_token_at + each.num_output * 0.25)
         assert seats.pace.min() == min((pace(each.params) for each in running), default=math.inf)
         assert seats.decoding == sum(each.num_output > 0 for each in running)
         empty |= 0 < len(running) < 4 and math.isinf(seats.due.min())

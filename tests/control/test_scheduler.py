@@ -259,11 +259,12 @@ def test_owed_fills_are_bounded(bound: int, largest: int) -> None:
     assert most == largest
 
 
-def test_a_row_has_waited_since_it_came_to_where_it_waits_whatever_else_of_its_request_runs() -> None:
+@pytest.mark.parametrize("mode", ["off", "trusted"])
+def test_a_row_has_waited_since_it_came_to_where_it_waits_whatever_else_of_its_request_runs(mode: str) -> None:
     config = EngineConfig(64, 4, 64, kv_cache_tokens=400, max_fill_rows=3)
     scheduler = make_scheduler(config, SlotLayout((1, 3, 2)), "recompute")
     for number in range(6):
-        scheduler.add(request(number, 3, 30, 3), 0.0)
+        scheduler.add(replace(request(number, 3, 30, 3), run_ahead=mode), 0.0)
     machine, seats = Machine(0.7), scheduler.seats
     known: dict[str, tuple[tuple[int, int], int]] = {}
     while machine.run(scheduler) is not None:
