@@ -15,7 +15,8 @@ fail() { echo "vllm_cpu.sh: $*" >&2; exit 1; }
 step() {  # what for, command: nothing is printed but what fails
   local what=$1
   shift
-  "$@" >"$log" 2>&1 || fail "$what: $(grep -E '[A-Z][A-Za-z]*(Error|ERROR)|^ERROR' "$log" | tail -n 1) (all of it: $log)"
+  "$@" >"$log" 2>&1 && return
+  fail "$what: $({ grep -E '^[A-Za-z.]*(ERROR|Error):' "$log" || cat "$log"; } | tail -n 1) (all of it: $log)"
 }
 
 [ $# = 1 ] || fail "name the folder of the environment: bench/vllm_cpu.sh FOLDER"
