@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -320,17 +319,3 @@ class Request:
             self.stop_reason = token if token in self.params.stop_token_ids else None
             return FinishReason.STOP
         return FinishReason.LENGTH if number >= self.max_tokens else None
-
-
-def take_each(requests: Sequence[Request], records: Sequence[TokenRecord], tokens: Sequence[int], depth: int) -> None:
-    """A token of each request is settled, all at one depth: as `Request.take`, without a call for each.
-
-    Args:
-        requests: none of them twice; there may be more records and tokens, which are left.
-        records, tokens: theirs.
-        depth: segments executed.
-    """
-    for request, record, token in zip(requests, records, tokens, strict=False):
-        request.records.append(record)
-        request.depths.append(depth)
-        request.tokens.append(token)

@@ -15,7 +15,7 @@ from drex.control.placement import Placed, Placement
 from drex.control.plan import BoolArray, Evaluations, FloatArray, IntArray, Verdicts
 from drex.control.records import Decided
 from drex.control.seats import Seats
-from drex.request import Request, TokenRecord, take_each
+from drex.request import Request, TokenRecord
 
 NOBODY = np.zeros(0, dtype=np.int64)
 
@@ -208,7 +208,8 @@ class Decisions:
     def record(self, decided: Decided) -> None:
         """Write what was decided into the requests."""
         records, live = decided.records(), decided.live
-        take_each(decided.requests[:live], records, decided.tokens, decided.depth)
+        for request, record in zip(decided.requests[:live], records, strict=False):
+            request.take(record)
         of_prompts = zip(decided.requests[live:], decided.positions[live:].tolist(), records[live:], strict=True)
         for request, position, record in of_prompts:
             request.prompt_records[position] = record
