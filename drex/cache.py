@@ -1,4 +1,4 @@
-"""What drex found out about this machine and keeps for the next start: small JSON files in one folder.
+"""The cache folder: small JSON files in which drex keeps measurements of this machine for its next start.
 
 A file that can't be read counts as absent, and one that can't be written is not kept: neither is a reason to stop.
 """

@@ -17,9 +17,9 @@ else:
     instruction_set = _kernels.instruction_set
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""What the kernels compute with. They add in float32."""
+"""Types of the numbers that the C++ kernels read and write; inside they compute in float32."""
 
 
 def fits(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels are installed and take tensors of this kind."""
+    """Whether the C++ kernels are installed, and take tensors of this device and dtype."""
     return missing is None and device.type == "cpu" and dtype in DTYPES

@@ -26,7 +26,7 @@ class NativeLayers:
     """Computes passes on a CPU, in float32 or bfloat16.
 
     Args:
-        machinery: what passes run on.
+        machinery: the decoder, its K/V memory and the arena that passes read and write.
     """
 
     buckets = ()
@@ -38,7 +38,7 @@ class NativeLayers:
         """There is nothing to prepare."""
 
     def run(self, batch: Pass) -> Ends:
-        """As of `Layers`."""
+        """Execute a pass, all its segments, but for the verdicts; rows that wait for a deeper one go to the arena."""
         machinery, last = self.machinery, batch.parts[-1]
         tensors = PassTensors.of(batch, machinery.decoder.device)
         for each in batch.parts:
@@ -48,7 +48,7 @@ class NativeLayers:
         return Ends(before, hidden, machinery.logits(last.segment, hidden) if asked else hidden.new_empty(0, 0))
 
     def _layers(self, batch: Pass, tensors: PassTensors) -> tuple[Tensor, Tensor]:
-        """What the last layer of evaluated rows was given, and its output."""
+        """The input and the output of the pass's last layer, of the evaluated rows: (evaluations, hidden) each."""
         machinery, decoder = self.machinery, self.machinery.decoder
         planes, layers = machinery.layout.layers_per_cell, decoder.layers
         source, index = (decoder.embedding, tensors.tokens) if batch.segment == 0 else (machinery.arena, tensors.arena)
@@ -77,12 +77,9 @@ class NativeLayers:
         evaluated = tensors.evaluated
         before = hidden.index_select(0, evaluated)
         if machinery.is_final(last):  # nobody reads the other rows any more
-            before = hidden.index_select(0, evaluated)
             after = before.clone()
-            return before, after.add_(
-                self._mlp(layer, after, attended.index_select(0, evaluated), torch.empty_like(after))
-            )
-        before = hidden.index_select(0, evaluated)
+            added = self._mlp(layer, after, attended.index_select(0, evaluated), torch.empty_like(after))
+            return before, after.add_(added)
         hidden = hidden[:full]
         hidden.add_(self._mlp(layer, hidden, attended, normed[:full]))
         machinery.arena.index_copy_(0, tensors.arena, hidden)
@@ -143,7 +140,7 @@ class NativeAttention:
     """Attention of all layers of one pass.
 
     Args:
-        machinery: whose tables have heard of the pass's fresh entries.
+        machinery: its K/V tables must know the entries that the pass writes.
         batch: the pass.
     """
 
@@ -162,9 +159,14 @@ class NativeAttention:
             )
 
     def run(self, part: int, plane: int, queries: Tensor) -> Tensor:
-        """Of a layer: its part, counted through all segments of the pass, and its place there.
+        """Attention of one layer over the K/V of each row's request.
 
-        Shapes: queries (rows, heads, head_dim) -> (rows, heads * head_dim).
+        Args:
+            part, plane: the layer's part, counted through all segments of the pass, and its place there.
+            queries: (rows, heads, head_dim).
+
+        Returns:
+            (rows, heads * head_dim).
         """
         rows, heads, head_dim = queries.shape
         out = queries.new_empty(rows, heads * head_dim)
