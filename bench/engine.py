@@ -39,8 +39,8 @@ from workload import (
     warm_up,
 )
 
-from drex.bench import machine
 from drex.cli.output import output_path
+from drex.comparison import machine
 from drex.compute.device import has_fast_bfloat16
 
 SLOW_SCALE = 0.2

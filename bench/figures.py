@@ -23,18 +23,18 @@ from picture import Panel, lines, over_counts, picture
 from rich.console import Console
 from simulated import PROMPT, TOKENS, serve, speed
 
-from drex.bench.charts import Axis
-from drex.bench.yardsticks import yardstick
-from drex.control.cost import CostModel
-from drex.control.flush import FlushRule, Waiting
-from drex.control.outlook import DELAY
+from drex.comparison.simulate import Scenario
+from drex.comparison.yardsticks import yardstick
+from drex.control.constants import OWED_MOST_FILLS, SOLVE_DELAY_PASSES
+from drex.control.cost.model import CostModel
 from drex.control.plan import FloatArray
-from drex.control.rates import ExitRates
-from drex.control.yardstick import MOST_FILLS, mean_pass_seconds, measure
-from drex.request import SamplingParams
+from drex.control.policy.flush import FlushRule, Waiting
+from drex.control.policy.rates import ExitRates
+from drex.control.policy.yardstick import mean_pass_seconds, measure
+from drex.report.charts import Axis
+from drex.sampling_params import SamplingParams
 from drex.sim.machines import MACHINES, machine_profile
 from drex.sim.shapes import SHAPES
-from drex.sim.simulate import Scenario
 
 OVER_FULL = "tokens/s, times full depth"
 EXIT_RATE, EXIT_RATES = 0.8, (0.3, 0.6, 0.8)
@@ -98,8 +98,8 @@ def rule_starts(cost: CostModel, count: int) -> list[int]:
     """What the online rule decides, by how many wait, once it knows the exit rate and θ*; fills are the mean ones."""
     rates = ExitRates(1)
     rates.observe(0, MANY, round(EXIT_RATE * MANY))
-    rule = FlushRule(cost, rates, "recompute", 2 * count + 2048, MOST_FILLS)
-    for pass_number in (0, DELAY):
+    rule = FlushRule(cost, rates, "recompute", 2 * count + 2048, OWED_MOST_FILLS)
+    for pass_number in (0, SOLVE_DELAY_PASSES):
         rule.tick(pass_number, count, CONTEXT)
     owed = EXIT_RATE / (1 - EXIT_RATE)
     states = (Waiting(count - waiting, [0, waiting], [0, round(waiting * owed)]) for waiting in range(count + 1))
@@ -109,9 +109,9 @@ def rule_starts(cost: CostModel, count: int) -> list[int]:
 def decision(count: int) -> Panel:
     """Fixed flush sizes, the optimum and the online rule in the decision process, solved exactly."""
     cost, counts = CostModel(scenario(EXIT_RATE).profile), np.arange(count + 1.0)
-    found = measure(cost, (EXIT_RATE,), count, CONTEXT, "recompute", most_owed=MOST_FILLS)
+    found = measure(cost, (EXIT_RATE,), count, CONTEXT, "recompute", most_owed=OWED_MOST_FILLS)
     shallow, flush = (
-        mean_pass_seconds(cost, s, (EXIT_RATE,), counts, CONTEXT, "recompute", MOST_FILLS) for s in (0, 1)
+        mean_pass_seconds(cost, s, (EXIT_RATE,), counts, CONTEXT, "recompute", OWED_MOST_FILLS) for s in (0, 1)
     )
 
     def of_full(rate: float | None) -> list[float]:

@@ -20,8 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from drex.bench import machine
-from drex.bench.html import render
+from drex.comparison import machine
+from drex.report.html import render
 
 SECTIONS: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
     "parity": gpu_kernels.parity,

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from drex.bench.subject import Subject, synthetic
+from drex.assembly.runner import build_runner
+from drex.comparison.subject import Subject, synthetic
 from drex.compute.attention.torch_ref import TorchAttention
 from drex.compute.decoder import Decoder
 from drex.compute.indices import Room, count_tiles, fill_in
 from drex.compute.kernels.attention import Partial, Tiles, attend, rows_per_tile
 from drex.compute.kv import KVPool, KVTables
-from drex.config import EngineConfig
+from drex.config import DEFAULTS, EngineConfig
+from drex.control.memory.slots import SlotLayout
 from drex.control.plan import Contexts, Entries, Evaluations, Pass, Rows
-from drex.control.slots import SlotLayout
-from drex.runner import build_runner
+from drex.profiling.profiler import Profiler
 from drex.sim.shapes import SHAPES
-from drex.tuning.profile import Profiler
 
 CONTEXT = 256
 LENGTHS = (1, 7, 64, 513, 2048, 8192, 32768)
@@ -206,5 +206,10 @@ def exit_checks(long: bool) -> list[dict[str, Any]]:
 
 def _subject(name: str, most: int) -> tuple[Subject, EngineConfig]:
     length = 2 * CONTEXT
-    config = EngineConfig(max_model_len=length, max_num_seqs=most, kv_cache_tokens=most * length)
+    config = EngineConfig(
+        max_model_len=length,
+        max_num_seqs=most,
+        max_num_batched_tokens=DEFAULTS.max_num_batched_tokens,
+        kv_cache_tokens=most * length,
+    )
     return synthetic(name, None, [0.8], "project", "auto", config), config

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from drex.bench import bench
-from drex.bench.bench import Workload, random_prompts
-from drex.bench.runner import Cell
-from drex.bench.subject import Subject, synthetic
+from drex.comparison import policies_in_turn as bench
+from drex.comparison.cell import Cell
+from drex.comparison.policies_in_turn import Workload, random_prompts
+from drex.comparison.subject import Subject, synthetic
 from drex.compute.linear import Linear
 from drex.compute.segments import SegmentRunner, Started
 from drex.config import EngineConfig
 from drex.control.plan import Pass, Verdicts
-from drex.request import SamplingParams
+from drex.sampling_params import SamplingParams
 from drex.sim.workload import Job
 
 PROMPT, OUTPUT = 64, 64

@@ -19,7 +19,7 @@ from typing import Any
 from served import Served, served
 
 from drex import LLM, SamplingParams
-from drex.bench import machine
+from drex.comparison import machine
 
 PROMPT_TOKENS = 32
 
@@ -88,7 +88,7 @@ def main() -> None:
         parser.error("set OMP_NUM_THREADS=1: with one engine thread each, both ways have the same machine")
     llm = LLM(dtype="float32", max_num_seqs=given.streams)
     text = "def read(self, path):\n    with open(path) as file:\n        return file.read()\n\n\n" * PROMPT_TOKENS
-    ids = llm.intake.encode(text)
+    ids = llm.inputs.encode(text)
     prompts = [ids[start : start + PROMPT_TOKENS] for start in range(given.streams)]
     ratios, speeds = [], {"python": [], "http": []}  # type: ignore[var-annotated]
     made = given.streams * given.tokens

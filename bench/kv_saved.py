@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 from drex import LLM, EarlyExit, RequestOutput, SamplingParams
-from drex.control.slots import SlotPool
+from drex.control.memory.slots import SlotPool
 from drex.tuning.corpus import split_held_out, standard_library
 
 FILLS = ("recompute", "alias", "mask")
@@ -24,7 +24,7 @@ def held_out_prompts(llm: LLM, count: int, length: int) -> list[list[int]]:
     assert llm.tokenizer is not None
     _, held_out = split_held_out(standard_library(), HELD_OUT_SHARE)
     # A token is a character at least, and seldom more than 20.
-    ids = (llm.intake.encode(document.text[: 20 * length]) for document in held_out)
+    ids = (llm.inputs.encode(document.text[: 20 * length]) for document in held_out)
     long_enough = [tokens[:length] for tokens in ids if len(tokens) >= length]
     return long_enough[:: max(1, len(long_enough) // count)][:count]
 
@@ -51,7 +51,7 @@ def measure(folder: Path, dtype: str, count: int, prompt: int, output: int) -> l
         with _held_at_the_end(llm.engine.scheduler.pool) as held:
             outputs = llm.generate(prompts, params, use_tqdm=False)
         assert len(held) == len(prompts)
-        assert not llm.engine.scheduler.admission.preemptions
+        assert not llm.engine.scheduler.report().preemptions
         found.append(_entry(fill, llm, outputs, sum(held)))
     return found
 

@@ -20,15 +20,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from drex.bench import machine
-from drex.bench.runner import Cell, take_turns
-from drex.bench.subject import Subject, synthetic, trained
-from drex.bench.yardsticks import Found, accuracy, yardstick
 from drex.cli.output import output_path
-from drex.config import EngineConfig, ExitRule
-from drex.control.cost import CostModel
+from drex.comparison import machine
+from drex.comparison.cell import Cell
+from drex.comparison.runner import take_turns
+from drex.comparison.subject import Subject, synthetic, trained
+from drex.comparison.yardsticks import Found, accuracy, yardstick
+from drex.config import DEFAULTS, EngineConfig, ExitRule
+from drex.control.cost.model import CostModel
+from drex.control.request import Request
 from drex.engine.metrics import PassRecord
-from drex.request import Request, SamplingParams
+from drex.sampling_params import SamplingParams
 from drex.sim.executor import ExitSource, VirtualExecutor
 
 PROMPT = 8
@@ -144,7 +146,7 @@ def _summary(cells: list[Cell], windows: dict[str, list[list[PassRecord]]], foun
             "of_full": achieved / found.full,
             "involuntary_exits": cell.metrics.involuntary_exits,
             "involuntary_stays": cell.metrics.involuntary_stays,
-            "cost_error": cell.engine.scheduler.cost.error_quantiles(),
+            "cost_error": cell.engine.scheduler.report().cost_error,
         }
         if cell.policy == "drex":
             policies[cell.policy] |= accuracy(cell, found)._asdict()
@@ -187,6 +189,7 @@ def main() -> None:
     config = EngineConfig(
         max_model_len=PROMPT + max(options.passes, FEWEST),
         max_num_seqs=max(counts),
+        max_num_batched_tokens=DEFAULTS.max_num_batched_tokens,
         kv_cache_tokens=max(count * (PROMPT + max(options.passes, FEWEST // count)) for count in counts),
     )
     found: dict[str, Any] = {"benchmark": "optimum", **machine.describe(), "options": vars(options), "runs": []}

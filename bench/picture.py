@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from drex.bench.charts import LETTER, SHAPES, Axis, Point, Series, framed, path, svg, text
-from drex.bench.style import COLOURS, DRAWING, FONT
+from drex.report.charts import LETTER, SHAPES, Axis, Point, Series, framed, path, svg, text
+from drex.report.style import COLOURS, DRAWING, FONT
 
 WIDTH, HEIGHT, PAD, LINE = 920.0, 300.0, 12.0, 17.0
 ACROSS = 3

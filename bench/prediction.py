@@ -16,21 +16,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from drex.bench import machine
-from drex.bench.bench import Workload, random_prompts
-from drex.bench.runner import Cell
-from drex.bench.subject import Subject, synthetic
 from drex.cli.output import output_path
-from drex.config import EngineConfig
-from drex.control.cost import CostModel
-from drex.control.profile import Profile
-from drex.control.scheduler import Scheduler
+from drex.comparison import machine
+from drex.comparison.cell import Cell
+from drex.comparison.policies_in_turn import Workload, random_prompts
+from drex.comparison.subject import Subject, synthetic
+from drex.config import DEFAULTS, EngineConfig
+from drex.control.cost.model import CostModel
+from drex.control.cost.profile import Profile
+from drex.engine.build import build_engine
 from drex.engine.engine import Engine
 from drex.engine.torch_executor import TorchExecutor
-from drex.request import SamplingParams
+from drex.profiling.profile_cache import MEASURE, obtain
+from drex.sampling_params import SamplingParams
 from drex.sim.executor import VirtualExecutor
 from drex.sim.workload import draw_jobs
-from drex.tuning.profile_cache import MEASURE, obtain
 
 PROMPTS, OUTPUTS = (8, 32), (16, 48)
 console = Console(width=160)
@@ -59,9 +59,9 @@ def profiled(subject: Subject, engine: Engine) -> Profile:
 def predicted(engine: Engine, profile: Profile, subject: Subject, work: Workload, turns: int) -> float:
     """Tokens a second of the same turns in virtual time, by the settings of an engine that ran."""
     real = engine.scheduler
-    scheduler = Scheduler(real.config, real.layout, real.placement.kv_fill, CostModel(profile))
-    policy, count = real.config.policy, real.config.max_num_seqs
-    cell = Cell(policy, count, Engine(scheduler, VirtualExecutor(CostModel(profile))))
+    executor = VirtualExecutor(CostModel(profile))
+    virtual = build_engine(real.config, real.layout, real.kv_fill, CostModel(profile), executor)
+    cell = Cell(real.config.policy, real.config.max_num_seqs, virtual)
     for turn in range(turns):
         cell.run(work.requests(subject, cell.engine, turn))
     return statistics.median(cell.speeds[1:])
@@ -72,7 +72,12 @@ def main() -> None:
     options = arguments()
     counts = [int(count) for count in options.in_flight.split(",")]
     longest = PROMPTS[1] + OUTPUTS[1]
-    config = EngineConfig(max_model_len=longest, max_num_seqs=max(counts), kv_cache_tokens=max(counts) * longest)
+    config = EngineConfig(
+        max_model_len=longest,
+        max_num_seqs=max(counts),
+        max_num_batched_tokens=DEFAULTS.max_num_batched_tokens,
+        kv_cache_tokens=max(counts) * longest,
+    )
     subject = synthetic(options.shape, None, [options.exit_rate], "recompute", options.dtype, config)
     table = Table("N", "policy", "measured tok/s", "predicted", "off by", title=f"{subject.name}, {subject.label}")
     found: list[dict[str, Any]] = []

@@ -21,17 +21,18 @@ from optimum import PROMPT, VIRTUAL, rate, requests, virtual, window
 from rich.console import Console
 from rich.table import Table
 
-from drex.bench import machine
-from drex.bench.bench import Workload, random_prompts
-from drex.bench.runner import Cell, take_turns
-from drex.bench.subject import Subject, synthetic
-from drex.bench.traced import Traced
-from drex.bench.yardsticks import yardstick
 from drex.cli.output import output_path
-from drex.config import EngineConfig
+from drex.comparison import machine
+from drex.comparison.cell import Cell
+from drex.comparison.policies_in_turn import Workload, random_prompts
+from drex.comparison.runner import take_turns
+from drex.comparison.subject import Subject, synthetic
+from drex.comparison.traced import Traced
+from drex.comparison.yardsticks import yardstick
+from drex.config import DEFAULTS, EngineConfig
 from drex.control.plan import Evaluations
 from drex.engine.metrics import PassRecord
-from drex.request import SamplingParams
+from drex.sampling_params import SamplingParams
 from drex.sim.executor import DrawnExits, ExitSource, Said
 from drex.sim.workload import draw_jobs
 
@@ -97,8 +98,8 @@ def bounds(subject: Subject, count: int, options: argparse.Namespace) -> dict[st
                 "tokens_per_s": statistics.median(cell.speeds),
                 "rct_ms": cell.metrics.summary()["rct_ms"],
                 "within_tpot": float((tpots[name] <= target).mean()),
-                "late": cell.engine.scheduler.deadlines.late,
-                "infeasible": cell.engine.scheduler.deadlines.infeasible,
+                "late": cell.engine.scheduler.report().late,
+                "infeasible": cell.engine.scheduler.report().infeasible,
             }
             for name, cell in cells.items()
         },
@@ -222,7 +223,12 @@ def main() -> None:
     options = arguments()
     counts = [int(count) for count in options.in_flight.split(",")]
     longest = max(PROMPT + options.passes, PROMPTS[1] + OUTPUTS[1])
-    config = EngineConfig(max_model_len=longest, max_num_seqs=max(counts), kv_cache_tokens=max(counts) * longest)
+    config = EngineConfig(
+        max_model_len=longest,
+        max_num_seqs=max(counts),
+        max_num_batched_tokens=DEFAULTS.max_num_batched_tokens,
+        kv_cache_tokens=max(counts) * longest,
+    )
     subject = synthetic(options.shape, None, [EXIT_RATE], "recompute", options.dtype, config)
     report: dict[str, Any] = {"benchmark": "promises", **machine.describe(), "label": subject.label}
     report["options"] = {name: str(value) for name, value in vars(options).items()}

@@ -22,14 +22,15 @@ from rich.console import Console
 from rich.table import Table
 from simulated import FixedRule
 
-from drex.bench import machine
-from drex.bench.bench import Workload
-from drex.bench.runner import Cell, while_all_decode
-from drex.bench.subject import Subject, held_out_prompts, trained
-from drex.bench.yardsticks import Found, yardstick
 from drex.cli.output import output_path
-from drex.config import EngineConfig
-from drex.request import SamplingParams
+from drex.comparison import machine
+from drex.comparison.cell import Cell
+from drex.comparison.policies_in_turn import Workload
+from drex.comparison.runner import while_all_decode
+from drex.comparison.subject import Subject, held_out_prompts, trained
+from drex.comparison.yardsticks import Found, yardstick
+from drex.config import DEFAULTS, EngineConfig
+from drex.sampling_params import SamplingParams
 from drex.sim.executor import RecordedExits, VirtualExecutor
 from drex.sim.workload import Job
 
@@ -158,7 +159,12 @@ def main() -> None:
     options = arguments()
     counts = [int(count) for count in options.in_flight.split(",")]
     longest = PROMPT + max(options.tokens, 256 // min(counts))
-    config = EngineConfig(max_model_len=longest, max_num_seqs=max(counts), kv_cache_tokens=max(counts) * longest)
+    config = EngineConfig(
+        max_model_len=longest,
+        max_num_seqs=max(counts),
+        max_num_batched_tokens=DEFAULTS.max_num_batched_tokens,
+        kv_cache_tokens=max(counts) * longest,
+    )
     subject = trained(None, None, "auto", config)
     found = []
     for count in counts:

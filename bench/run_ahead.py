@@ -24,16 +24,17 @@ from optimum import VIRTUAL, costed, rate, virtual
 from rich.console import Console
 from rich.table import Table
 
-from drex.bench import machine
-from drex.bench.bench import Workload, random_prompts
-from drex.bench.runner import Cell, while_all_decode
-from drex.bench.subject import Subject, held_out_prompts, synthetic, trained
-from drex.bench.traced import Traced
-from drex.bench.yardsticks import yardstick
 from drex.cli.output import output_path
-from drex.config import EngineConfig
+from drex.comparison import machine
+from drex.comparison.cell import Cell
+from drex.comparison.policies_in_turn import Workload, random_prompts
+from drex.comparison.runner import while_all_decode
+from drex.comparison.subject import Subject, held_out_prompts, synthetic, trained
+from drex.comparison.traced import Traced
+from drex.comparison.yardsticks import yardstick
+from drex.config import DEFAULTS, EngineConfig
 from drex.llm import LLM
-from drex.request import SamplingParams
+from drex.sampling_params import SamplingParams
 from drex.sim.executor import ExitSource, RecordedConfidences
 from drex.sim.workload import Job
 from drex.tuning.corpus import split_held_out, standard_library
@@ -122,7 +123,7 @@ def measure(subject: Subject, count: int, exits: ExitSource | None, options: arg
             for cell in cells
             if "+" in cell.policy
         },
-        "drafts": {cell.policy: cell.engine.scheduler.drafts.report() for cell in cells if "+" in cell.policy},
+        "drafts": {cell.policy: cell.engine.scheduler.report().run_ahead for cell in cells if "+" in cell.policy},
     }
 
 
@@ -166,6 +167,7 @@ def main() -> None:
     config = EngineConfig(
         max_model_len=longest,
         max_num_seqs=max(counts),
+        max_num_batched_tokens=DEFAULTS.max_num_batched_tokens,
         kv_cache_tokens=max(count * (PROMPT + max(options.tokens, FEWEST // count)) for count in counts),
     )
     bundled = options.shape == "bundled"

@@ -18,17 +18,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from drex.bench.versions import versions
 from drex.cli.output import output_path
+from drex.comparison.simulate import Scenario, segment_lengths
+from drex.comparison.versions import versions
 from drex.config import EngineConfig
-from drex.control.cost import CostModel
-from drex.control.outlook import GRAIN
-from drex.control.yardstick import measure
+from drex.control.constants import TWO_EXITS_UNITS
+from drex.control.cost.model import CostModel
+from drex.control.policy.yardstick import measure
 from drex.engine.driver import serve
-from drex.request import SamplingParams
+from drex.sampling_params import SamplingParams
 from drex.sim.machines import MACHINES, machine_profile
 from drex.sim.shapes import SHAPES
-from drex.sim.simulate import Scenario, segment_lengths
 from drex.sim.workload import draw_jobs
 
 SHAPE, MACHINE, RATE, CONTEXT = "llama-2-13b", "h200", 0.6, 128.0
@@ -94,7 +94,7 @@ def solving(in_flight: int, exits: int) -> float:
     cost, taken = CostModel(what.profile), []
     for _ in range(5):
         start = time.perf_counter()
-        measure(cost, what.exit_rates, in_flight, CONTEXT, "recompute", grain=GRAIN)
+        measure(cost, what.exit_rates, in_flight, CONTEXT, "recompute", grain=TWO_EXITS_UNITS)
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
 

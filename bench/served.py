@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from drex.bench.byte_fallback import write_byte_fallback_model
+from drex.testing.byte_fallback import write_byte_fallback_model
 
 READY_SECONDS = 120
 BYTE_LEVEL, BYTE_FALLBACK = "byte-level", "byte-fallback"

@@ -20,18 +20,20 @@ from rich.console import Console
 from rich.table import Table
 from run_ahead import recorded
 
-from drex.bench.runner import Cell, while_all_decode
-from drex.bench.versions import versions
-from drex.bench.yardsticks import yardstick
 from drex.cli.output import output_path
-from drex.config import EngineConfig, policy_settings
-from drex.control.acceptance import Acceptance
-from drex.control.flush import FlushRule, Waiting
+from drex.comparison.cell import Cell
+from drex.comparison.policy_names import policy_settings
+from drex.comparison.runner import while_all_decode
+from drex.comparison.simulate import Scenario
+from drex.comparison.versions import versions
+from drex.comparison.yardsticks import yardstick
+from drex.config import EngineConfig
+from drex.control.policy.flush import FlushRule, Waiting
+from drex.control.run_ahead.acceptance import Acceptance
 from drex.control.scheduler import Scheduler
-from drex.request import SamplingParams
+from drex.sampling_params import SamplingParams
 from drex.sim.machines import MACHINES, machine_profile
 from drex.sim.shapes import SHAPES
-from drex.sim.simulate import Scenario
 from drex.sim.workload import Job
 
 PROMPT, TOKENS = 16, 256
@@ -81,7 +83,7 @@ class FixedRule(FlushRule):
     def replacing(cls, scheduler: Scheduler, **settings: Any) -> None:
         """Have a scheduler decide by this."""
         old = scheduler.policy.rule
-        rule = cls(old.cost, old.rates, old.kv_fill, len(old.counts) - 1)
+        rule = cls(old.cost, old.rates, old.prices.kv_fill, len(old.prices.counts) - 1)
         for name, value in settings.items():
             setattr(rule, name, value)
         scheduler.policy.rule = rule
@@ -194,7 +196,7 @@ def main() -> None:
             found = yardstick(cells[:2])
             assert found is not None
             full, *others = (speed(cell) for cell in cells)
-            drafts = cells[2].engine.scheduler.drafts.report()
+            drafts = cells[2].engine.scheduler.report().run_ahead
             accepted = drafts["accepted"] / max(1, drafts["verified"])
             facts = {"in_flight": count, "full": full, "theta_star": found.optimal, "ideal": found.ideal}
             rows.append({**facts, **dict(zip(POLICIES[1:], others, strict=True)), "drafts": drafts})

@@ -19,21 +19,21 @@ from rich.console import Console
 from rich.table import Table
 
 from drex import LLM
-from drex.bench.subject import synthetic
+from drex.assembly.runner import build_runner
+from drex.comparison.simulate import Scenario
+from drex.comparison.subject import synthetic
 from drex.compute.segments import SegmentRunner
 from drex.config import EngineConfig, ExitPlan
-from drex.control.cost import CostModel
-from drex.control.profile import Profile, load_profile
-from drex.control.scheduler import Scheduler
-from drex.control.slots import SlotLayout
-from drex.engine.engine import Engine
-from drex.request import SamplingParams
-from drex.runner import build_runner
+from drex.control.cost.model import CostModel
+from drex.control.cost.profile import Profile
+from drex.control.memory.slots import SlotLayout
+from drex.engine.build import build_engine
+from drex.profiling.estimate import estimate
+from drex.profiling.profile_cache import MEASURED, obtain
+from drex.profiling.profile_file import load_profile
+from drex.sampling_params import SamplingParams
 from drex.sim.executor import DrawnExits, VirtualExecutor
-from drex.sim.simulate import Scenario
 from drex.sim.workload import draw_jobs
-from drex.tuning.estimate import estimate
-from drex.tuning.profile_cache import MEASURED, obtain
 
 PROMPT, OUTPUT = (16, 48), (50, 150)
 SKIPPED, COUNTED = 500, 1500
@@ -83,7 +83,7 @@ def throughput(start: Profile, true: Profile, lengths: tuple[int, ...], count: i
     room = PROMPT[1] + OUTPUT[1]
     config = EngineConfig(room, count, 512, count * room, run_ahead=mode)
     executor = VirtualExecutor(CostModel(true), DrawnExits(ACCEPTANCE))
-    engine = Engine(Scheduler(config, SlotLayout(lengths), "recompute", CostModel(start)), executor)
+    engine = build_engine(config, SlotLayout(lengths), "recompute", CostModel(start), executor)
     engine.history = []
     jobs = draw_jobs(100_000, PROMPT, OUTPUT)
     requests = (request for _, request in scenario.requests(jobs, len(lengths), mode))

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from drex.bench.subject import prompts_in
+from drex.comparison.subject import prompts_in
 from drex.compute.load import find_model
 from drex.compute.spec import ModelSpec
-from drex.tokenizer import load_tokenizer
+from drex.inputs.tokenizer import load_tokenizer
 
 PROMPT_TOKENS = (16, 128)
 OUTPUT_TOKENS = (16, 240)

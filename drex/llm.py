@@ -8,23 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from drex.assembly.runner import build_runner, fit, out_of_memory_refused
 from drex.compute.load import LoadedModel, inspect_model, load_model
-from drex.config import EarlyExit, EngineConfig, check_lossless
-from drex.control.cost import CostModel
-from drex.control.profile import Profile
-from drex.control.scheduler import Scheduler
+from drex.config import DEFAULTS, EarlyExit, EngineOptions, check_lossless
+from drex.control.cost.model import CostModel
+from drex.control.cost.profile import Profile
+from drex.control.request import Request
+from drex.engine.build import build_engine
 from drex.engine.client import EngineClient
 from drex.engine.engine import Engine
+from drex.engine.solving import InBackground
 from drex.engine.torch_executor import TorchExecutor
-from drex.generation_config import GenerationDefaults, read_generation_defaults
-from drex.intake import Intake, spread
+from drex.inputs.generation_config import GenerationDefaults, read_generation_defaults
+from drex.inputs.processor import InputProcessor, spread
+from drex.inputs.prompts import Message, Prompt, list_conversations, list_prompts, list_token_ids
+from drex.inputs.tokenizer import load_tokenizer
 from drex.outputs import Chunk, CompletionOutput, ExitStats, RequestOutput, Scored
+from drex.profiling.profile_cache import obtain
 from drex.progress import Progress
-from drex.prompts import Message, Prompt, list_conversations, list_prompts, list_token_ids
-from drex.request import Request, SamplingParams
-from drex.runner import build_runner, fit, out_of_memory_refused
-from drex.tokenizer import load_tokenizer
-from drex.tuning.profile_cache import obtain
+from drex.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ class LLM:
         dtype: `auto` (the checkpoint's; float32 on a CPU that is slower in 16 bit), `float32`, `bfloat16`, `float16`
             or `float64`.
         device: `auto`, or a torch device.
-        policy: `drex` (rebatching), `split` (flush at once) or `full` (no exits).
+        policy: `drex` (rebatching), `split` (flush at once), `full` (no exits), or one of `drex.register_policy`.
+        policy_parameters: of the policy, by name.
         max_model_len: tokens a request may have, prompt and output; None is what the checkpoint was made for, or its
             sliding window where that is shorter.
         max_num_seqs: requests in flight.
@@ -75,17 +78,18 @@ class LLM:
         early_exit: EarlyExit | None = None,
         dtype: str = "auto",
         device: str = "auto",
-        policy: str = "drex",
+        policy: str = DEFAULTS.policy,
+        policy_parameters: Mapping[str, Any] | None = None,
         max_model_len: int | None = None,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 512,
+        max_num_seqs: int = DEFAULTS.max_num_seqs,
+        max_num_batched_tokens: int = DEFAULTS.max_num_batched_tokens,
         kv_cache_tokens: int | None = None,
         max_fill_rows: int | None = None,
-        max_wait_passes: int = 32,
+        max_wait_passes: int = DEFAULTS.max_wait_passes,
         max_slowdown: float | None = None,
-        adaptive: bool = False,
-        run_ahead: str = "trusted",
-        max_draft: int = 4,
+        adaptive: bool = DEFAULTS.adaptive,
+        run_ahead: str = DEFAULTS.run_ahead,
+        max_draft: int = DEFAULTS.max_draft,
         gpu_memory_utilization: float | None = None,
         kernels: str = "auto",
         enforce_eager: bool = False,
@@ -94,11 +98,12 @@ class LLM:
         tokenizer: str | Path | None = None,
         generation_config: str | Path = "auto",
     ) -> None:
-        asked = EngineConfig(
-            max_model_len=1 if max_model_len is None else max_model_len,
+        asked = EngineOptions(
+            max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_tokens=kv_cache_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
             max_fill_rows=max_fill_rows,
             max_wait_passes=max_wait_passes,
             max_slowdown=max_slowdown,
@@ -106,6 +111,7 @@ class LLM:
             run_ahead=run_ahead,
             max_draft=max_draft,
             policy=policy,
+            policy_parameters=policy_parameters or {},
         )
         exits = EarlyExit.off() if policy == "full" else early_exit
         facts = inspect_model(model, exits, dtype, device)
@@ -113,15 +119,22 @@ class LLM:
         self.generation_defaults.announce(log)
         self.model: LoadedModel = load_model(facts)
         check_lossless(run_ahead, self.model.exits.kv_fill)
-        self.config = fit(asked, self.model, max_model_len, gpu_memory_utilization)
+        self.config = fit(asked, self.model)
         self.tokenizer = load_tokenizer(self.model.folder if tokenizer is None else tokenizer)
         runner = build_runner(self.model, self.config, kernels, enforce_eager=enforce_eager)
         self.profile = obtain(profile, runner, self.config, self.model.exits, threads)
         with out_of_memory_refused(self.config, self.model.decoder.device):
-            scheduler = Scheduler(self.config, self.model.layout, self.model.exits.kv_fill, CostModel(self.profile))
-        self.engine = Engine(scheduler, TorchExecutor(runner), self.tokenizer)
+            self.engine = build_engine(
+                self.config,
+                self.model.layout,
+                self.model.exits.kv_fill,
+                CostModel(self.profile),
+                TorchExecutor(runner),
+                tokenizer=self.tokenizer,
+                solving=InBackground(),
+            )
         ends = self.generation_defaults.eos_token_ids
-        self.intake = Intake(self.model, self.config, self.tokenizer, self.engine.check_fits, ends)
+        self.inputs = InputProcessor(self.model, self.config, self.tokenizer, self.engine.check_fits, ends)
         self._client = EngineClient(self.engine)
 
     # Generation
@@ -165,13 +178,13 @@ class LLM:
         """Generate the next turn of one or many conversations, each a list of {"role", "content"}.
 
         A content is text, or a list of {"type": "text", "text"}, as over HTTP. The keywords are those of
-        `Intake.chat_prompt`.
+        `InputProcessor.chat_prompt`.
 
         Raises:
             ValueError: no chat template, or messages or settings that it does not take.
         """
         prompts = [
-            self.intake.chat_prompt(
+            self.inputs.chat_prompt(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
@@ -201,7 +214,7 @@ class LLM:
     ) -> list[list[Request]]:
         """The samples of each prompt."""
         each = spread(self.get_default_sampling_params() if params is None else params, len(prompts))
-        return [self.intake.requests(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
+        return [self.inputs.requests(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
 
     def _stream(self, left: dict[str, tuple[int, Request]]) -> Iterator[Chunk]:
         numbers = {request_id: number for request_id, (number, _) in left.items()}
@@ -210,7 +223,7 @@ class LLM:
 
     def check(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[int]:
         """The token ids of a prompt that can be served; raises ValueError, naming the remedy, for one that can't."""
-        return list(self.intake.requests(prompt, sampling_params or self.get_default_sampling_params())[0].prompt)
+        return list(self.inputs.requests(prompt, sampling_params or self.get_default_sampling_params())[0].prompt)
 
     def score(
         self,
@@ -232,7 +245,7 @@ class LLM:
         Raises:
             ValueError: a sequence that is too short, too long, or has a token id outside of the vocabulary.
         """
-        requests = [self.intake.scoring(ids, early_exit) for ids in list_token_ids(token_ids)]
+        requests = [self.inputs.scoring(ids, early_exit) for ids in list_token_ids(token_ids)]
         show = use_tqdm and len(requests) > 1
         done = self._run(requests, progress=show, text="scoring", each=each)
         return [self._scored(request, done[request.request_id]) for request in requests]

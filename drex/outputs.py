@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import enum
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from drex.request import ExitCheck
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended: an end or stop token or string, its length, the user, or a failed pass."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class ExitCheck(NamedTuple):
+    """What one exit point said of one token: its confidence, and the threshold in force there."""
+
+    exit_index: int
+    confidence: float
+    threshold: float
 
 
 class TokenOutput(NamedTuple):

@@ -28,10 +28,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from drex.bench.byte_fallback import byte_fallback_tokenizer
 from drex.engine.torch_executor import TorchExecutor
+from drex.profiling.profile_cache import obtain
+from drex.testing.byte_fallback import byte_fallback_tokenizer
 from drex.tuning.corpus import Document, train_tokenizer
-from drex.tuning.profile_cache import obtain
 
 torch.set_num_threads(1)
 pytest_plugins = ["server_fixtures"]

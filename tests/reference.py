@@ -16,7 +16,7 @@ from torch import Tensor
 
 from drex.compute.noise import gumbel
 from drex.control.hashing import mix, uniform
-from drex.request import SamplingParams
+from drex.sampling_params import SamplingParams
 
 
 @dataclass

@@ -86,7 +86,7 @@ def test_aborts_at_any_moment_free_everything_and_leave_the_others_as_they_were(
     draw = random.Random(seed)
     llm = engine(models["llama"], asynchronous=True, kv_cache_tokens=80)
     alone = engine(models["llama"], asynchronous=False)
-    requests = [llm.intake.requests(PROMPTS[i % 5], PARAMS[i % 4])[0] for i in range(7)]
+    requests = [llm.inputs.requests(PROMPTS[i % 5], PARAMS[i % 4])[0] for i in range(7)]
     for request in requests:
         llm.engine.add(request)
     done, gone = {}, set()
@@ -125,7 +125,7 @@ def test_an_interruption_while_the_next_pass_is_started_leaves_an_engine_that_se
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS, PARAMS)
     assert drained(llm)
-    assert not llm.engine.scheduler._outstanding
+    assert not llm.engine.scheduler.results._outstanding
     assert told(llm.generate(PROMPTS, PARAMS)) == expected
 
 

@@ -12,7 +12,7 @@ from conftest import COMMON, CONFIGS, make_model
 from safetensors.torch import load_file, save_file
 
 from drex import EarlyExit, SamplingParams
-from drex.checkpoint import EARLY_EXIT_FILE
+from drex.config.early_exit_json import EARLY_EXIT_FILE
 from drex.llm import LLM
 
 EXITS = EarlyExit(layers=[2, 4], thresholds=0.5)
@@ -493,12 +493,12 @@ def ids_of(done, requests):
     ids=lambda value: str(value)[:40],
 )
 def test_requests_beside_a_bad_one_go_on(llm, expected, prompt, settings):
-    requests = [llm.intake.requests(ids, GREEDY)[0] for ids in PROMPTS]
+    requests = [llm.inputs.requests(ids, GREEDY)[0] for ids in PROMPTS]
     for request in requests[:2]:
         llm.engine.add(request)
     llm.engine.step()
     with contextlib.suppress(ValueError):
-        llm.engine.add(llm.intake.requests(prompt, SamplingParams(max_tokens=5, **settings))[0])
+        llm.engine.add(llm.inputs.requests(prompt, SamplingParams(max_tokens=5, **settings))[0])
     for request in requests[2:]:
         llm.engine.add(request)
     done = run_engine(llm)
@@ -508,12 +508,12 @@ def test_requests_beside_a_bad_one_go_on(llm, expected, prompt, settings):
 
 def test_requests_beside_one_too_large_go_on(models, expected):
     llm = LLM(models["llama"], early_exit=EXITS, dtype="float64", max_model_len=32, kv_cache_tokens=20)
-    requests = [llm.intake.requests(ids, GREEDY)[0] for ids in PROMPTS]
+    requests = [llm.inputs.requests(ids, GREEDY)[0] for ids in PROMPTS]
     for request in requests[:2]:
         llm.engine.add(request)
     llm.engine.step()
     with refused("raise kv_cache_tokens"):
-        llm.engine.add(llm.intake.requests([5] * 15, SamplingParams(max_tokens=10))[0])
+        llm.engine.add(llm.inputs.requests([5] * 15, SamplingParams(max_tokens=10))[0])
     for request in requests[2:]:
         llm.engine.add(request)
     assert ids_of(run_engine(llm), requests) == expected
@@ -587,7 +587,7 @@ def test_an_interrupted_call_frees_everything(models, expected, monkeypatch):
 
 
 def test_an_aborted_request_leaves_the_others_as_they_are(llm, expected):
-    requests = [llm.intake.requests(ids, GREEDY)[0] for ids in PROMPTS]
+    requests = [llm.inputs.requests(ids, GREEDY)[0] for ids in PROMPTS]
     for request in requests:
         llm.engine.add(request)
     for _ in range(3):

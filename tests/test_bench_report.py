@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from drex.bench.html import render
+from drex.report.html import render
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "col"}
 ODD = "split <b>&\"'"

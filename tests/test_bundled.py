@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from drex import LLM, EarlyExit, SamplingParams
-from drex.checkpoint import EXIT_WEIGHTS_FILE
 from drex.compute.load import find_model
+from drex.config.early_exit_json import EXIT_WEIGHTS_FILE
 from drex.tuning.corpus import split_held_out, standard_library
 from drex.tuning.evaluate import evaluate, held_out_blocks
 

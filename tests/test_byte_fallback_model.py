@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from drex import LLM, SamplingParams
-from drex.bench.byte_fallback import EXIT_LAYERS, FIRST_BYTE, write_byte_fallback_model
+from drex.testing.byte_fallback import EXIT_LAYERS, FIRST_BYTE, write_byte_fallback_model
 
 
 def test_it_writes_single_bytes_exits_early_and_begins_prompts_with_its_own_token(tmp_path):

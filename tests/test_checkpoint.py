@@ -12,8 +12,8 @@ from conftest import COMMON
 from safetensors.torch import save_file
 
 from drex import EarlyExit, SamplingParams
-from drex.checkpoint import EARLY_EXIT_FILE, EarlyExitFile, ExitSpec, read_early_exit, write_early_exit
 from drex.config import ExitRule, resolve_exits
+from drex.config.early_exit_json import EARLY_EXIT_FILE, EarlyExitFile, ExitSpec, read_early_exit, write_early_exit
 from drex.llm import LLM
 
 ATOL = 1e-4

@@ -11,10 +11,10 @@ from typing import Any, get_args
 import pytest
 from typer.testing import CliRunner
 
-import drex.bench.open_loop
-import drex.bench.subject
+import drex.comparison.simulate
+import drex.comparison.subject
 import drex.llm
-import drex.sim.simulate
+import drex.load_test.open_loop
 import drex.tuning.train
 from drex.cli import advise, bench, evaluate, generate, info, profile, serve, simulate
 from drex.cli.common import ThresholdsOption
@@ -34,10 +34,10 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise WorkBeganError
 
     monkeypatch.setattr(drex.llm, "load_model", begin)
-    monkeypatch.setattr(drex.bench.subject, "load_model", begin)
-    monkeypatch.setattr(drex.bench.subject, "_random_decoder", begin)
-    monkeypatch.setattr(drex.sim.simulate, "run", begin)
-    monkeypatch.setattr(drex.bench.open_loop, "connect", begin)
+    monkeypatch.setattr(drex.comparison.subject, "load_model", begin)
+    monkeypatch.setattr(drex.comparison.subject, "_random_decoder", begin)
+    monkeypatch.setattr(drex.comparison.simulate, "run", begin)
+    monkeypatch.setattr(drex.load_test.open_loop, "connect", begin)
     monkeypatch.setattr(drex.tuning.train, "train_tokenizer", begin)
 
 

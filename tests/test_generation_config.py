@@ -16,7 +16,7 @@ import pytest
 from server_fixtures import EXITS, serving, url
 
 from drex import LLM, SamplingParams
-from drex.generation_config import read_generation_defaults
+from drex.inputs.generation_config import read_generation_defaults
 
 RECOMMENDED = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.05}
 Make = Callable[..., LLM]
@@ -75,8 +75,8 @@ def test_a_folder_has_the_last_word(make: Make, tmp_path: Path) -> None:
     (other / "generation_config.json").write_text(json.dumps({"top_k": 3, "eos_token_id": [8, 9, 10**6]}))
     llm = make(RECOMMENDED, generation_config=other)
     assert llm.get_default_sampling_params() == SamplingParams(top_k=3)
-    assert llm.intake.eos_token_ids == {8, 9}
-    assert make(RECOMMENDED).intake.eos_token_ids == {0}
+    assert llm.inputs.eos_token_ids == {8, 9}
+    assert make(RECOMMENDED).inputs.eos_token_ids == {0}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_end_tokens_are_the_tokeniser_s_where_neither_config_names_one(
     llm = LLM(model, early_exit=EXITS, dtype="float32", kv_cache_tokens=2048)
     assert llm.tokenizer is not None
     assert llm.tokenizer.eos_token_id == 0
-    assert llm.intake.eos_token_ids == expected
+    assert llm.inputs.eos_token_ids == expected
     end = min(expected)
     done = llm.generate([5], SamplingParams(max_tokens=4, logit_bias={end: 100.0}))[0].outputs[0]
     assert (done.token_ids, done.finish_reason) == ([end], "stop")

@@ -21,10 +21,10 @@ from reference import Reference, RefToken, Rule
 from safetensors.torch import save_file
 
 from drex import LLM, EarlyExit, SamplingParams
-from drex.checkpoint import EXIT_WEIGHTS_FILE, EarlyExitFile, ExitSpec, write_early_exit
-from drex.control.profile import Profile, nominal
+from drex.config.early_exit_json import EXIT_WEIGHTS_FILE, EarlyExitFile, ExitSpec, write_early_exit
+from drex.control.cost.profile import Profile, nominal
+from drex.control.request import Request
 from drex.outputs import CompletionOutput
-from drex.request import Request
 
 KV = list[list[tuple[torch.Tensor, torch.Tensor] | None]]
 FILLS = ("recompute", "project", "alias", "mask")
@@ -185,7 +185,7 @@ def run_schedule(llm: LLM, schedule: Schedule, criterion: str, wanted: Expected)
         for number, ask in enumerate(schedule.asks):
             if ask.arrival == step:
                 own_exits = early_exit(ask, schedule.exits, criterion)
-                (request,) = llm.intake.requests(ask.prompt, replace(ask.params, early_exit=own_exits))
+                (request,) = llm.inputs.requests(ask.prompt, replace(ask.params, early_exit=own_exits))
                 number_of[request.request_id] = number
                 llm.engine.add(request)
         for request_id, number in number_of.items():

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from drex import SamplingParams
-from drex.compute.sampler import HeadOutput, Judgement, TorchReductions
+from drex.compute.head_output import HeadOutput
+from drex.compute.sampler import Judgement, TorchReductions
 from drex.config import ExitRule
 from drex.control.plan import Draws, Evaluations, Verdicts
 

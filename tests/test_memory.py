@@ -15,9 +15,9 @@ from test_model_folders import refused
 from transformers import MistralConfig
 from typer.testing import CliRunner
 
+import drex.assembly.runner
 import drex.compute.weights
 import drex.llm
-import drex.runner
 from drex import EarlyExit
 from drex.cli.main import app
 from drex.compute.device import memory_bytes
@@ -103,7 +103,7 @@ def test_the_pool_of_a_cpu_takes_no_more_than_it_may(
     tokens: int,
 ) -> None:
     bound = tokens * TOKEN
-    monkeypatch.setattr(drex.runner, "CPU_KV_BYTES", bound)
+    monkeypatch.setattr(drex.assembly.runner, "CPU_KV_BYTES", bound)
     llm = LLM(models["llama"], early_exit=exits, dtype="float32")
     pool = llm.engine.executor.runner.pool  # type: ignore[attr-defined]
     assert pool.memory.nbytes == llm.config.kv_cache_tokens * TOKEN == bound  # type: ignore[operator]
@@ -113,8 +113,8 @@ def test_the_pool_of_a_cpu_takes_no_more_than_it_may(
 def test_a_pool_that_one_request_makes_larger_says_how_large_and_why(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(drex.runner, "CPU_KV_BYTES", 20 * TOKEN)
-    monkeypatch.setattr(drex.runner, "GIBIBYTE", TOKEN)  # so that the message counts in tokens
+    monkeypatch.setattr(drex.assembly.runner, "CPU_KV_BYTES", 20 * TOKEN)
+    monkeypatch.setattr(drex.assembly.runner, "GIBIBYTE", TOKEN)  # so that the message counts in tokens
     assert LLM(models["llama"], dtype="float32").config.kv_cache_tokens == CONTEXT
     assert f"up to {CONTEXT}.0 GiB" in caplog.text
     assert f"one request of {CONTEXT} tokens" in caplog.text
@@ -136,9 +136,9 @@ def test_what_the_memory_can_not_hold_is_refused(
     llm = LLM(models["llama"], dtype="float32", **settings)  # type: ignore[arg-type]
     assert llm.config.kv_cache_tokens is not None
     needed = llm.config.kv_cache_tokens * TOKEN + llm.model.decoder.weight_bytes
-    monkeypatch.setattr(drex.runner, "memory_bytes", lambda: needed)
+    monkeypatch.setattr(drex.assembly.runner, "memory_bytes", lambda: needed)
     LLM(models["llama"], dtype="float32", **settings)  # type: ignore[arg-type]
-    monkeypatch.setattr(drex.runner, "memory_bytes", lambda: needed - 1)
+    monkeypatch.setattr(drex.assembly.runner, "memory_bytes", lambda: needed - 1)
     with refused("GiB of memory", f"lower {remedy}", "tokens take 1 GiB"):
         LLM(models["llama"], dtype="float32", **settings)  # type: ignore[arg-type]
 
@@ -151,7 +151,7 @@ def test_a_context_beyond_all_memory_is_refused(models: dict[str, Path], tmp_pat
     assert LLM(folder, dtype="float32", max_model_len=64).config.max_model_len == 64
 
 
-@pytest.mark.parametrize("where", ["runner.SegmentRunner", "llm.Scheduler"])
+@pytest.mark.parametrize("where", ["drex.assembly.runner.SegmentRunner", "drex.engine.build.Scheduler"])
 @pytest.mark.parametrize(
     "error",
     [MemoryError("Unable to allocate"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")],
@@ -163,8 +163,7 @@ def test_memory_that_is_not_given_is_one_line_with_a_remedy(
     def refuse(*_: object) -> None:
         raise error
 
-    module, name = where.split(".")
-    monkeypatch.setattr(getattr(drex, module), name, refuse)
+    monkeypatch.setattr(where, refuse)
     with refused("no memory for requests of 64 tokens, 64 at a time", "--max-model-len"):
         LLM(models["llama"], dtype="float32")
 
@@ -173,7 +172,7 @@ def test_other_errors_are_no_lack_of_memory(models: dict[str, Path], monkeypatch
     def fail(*_: object) -> None:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(drex.runner, "SegmentRunner", fail)
+    monkeypatch.setattr(drex.assembly.runner, "SegmentRunner", fail)
     with pytest.raises(RuntimeError, match="a fault"):
         LLM(models["llama"], dtype="float32")
 

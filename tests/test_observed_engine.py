@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 
 from drex.config import EngineConfig, ExitRule
-from drex.control.cost import CostModel
-from drex.control.profile import nominal
+from drex.control.cost.model import CostModel
+from drex.control.cost.profile import nominal
+from drex.control.memory.slots import SlotLayout
+from drex.control.request import Request
 from drex.control.scheduler import Scheduler
-from drex.control.slots import SlotLayout
 from drex.engine.async_engine import AsyncEngine
 from drex.engine.engine import Engine
 from drex.engine.metrics import PassRecord
 from drex.engine.streams import Event, Stream, Timing
-from drex.request import Request, SamplingParams
+from drex.sampling_params import SamplingParams
 from drex.sim.executor import VirtualExecutor
 
 SECONDS = 20.0
@@ -66,7 +67,7 @@ async def read(stream: Stream) -> int:
 def served(log: Log, act: Any, lengths: tuple[int, ...] = (2, 2)) -> Engine:
     """Run a coroutine function of an engine that is observed."""
     cost = CostModel(nominal(lengths))
-    config = EngineConfig(8192, 4, kv_cache_tokens=20_000)
+    config = EngineConfig(8192, 4, 512, 20_000)
     engine = Engine(Scheduler(config, SlotLayout(lengths), "recompute", cost), VirtualExecutor(cost.copy()))
 
     async def run() -> None:

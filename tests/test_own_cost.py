@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from drex import LLM, EarlyExit
-from drex.control.profile import OwnCost
-from drex.tuning.own_cost import measure_own_cost, requests_at_once
+from drex.control.cost.profile import OwnCost
+from drex.profiling.own_cost import measure_own_cost, requests_at_once
 
 
 @pytest.fixture(scope="module")

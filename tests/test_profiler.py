@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from drex import EarlyExit
+from drex.assembly.runner import build_runner
 from drex.compute.load import inspect_model, load_model
 from drex.config import EngineConfig
-from drex.runner import build_runner
-from drex.tuning.profile import Profiler
+from drex.profiling.profiler import Profiler
 
 CONFIG = EngineConfig(max_model_len=64, max_num_seqs=4, max_num_batched_tokens=16, kv_cache_tokens=4 * 64)
 

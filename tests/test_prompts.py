@@ -12,8 +12,8 @@ import torch
 from test_model_folders import refused
 
 from drex import SamplingParams
+from drex.inputs.prompts import plain_messages
 from drex.llm import LLM
-from drex.prompts import plain_messages
 
 GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 SAID = {"role": "user", "content": "the cat"}

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from drex import LLM, EarlyExit, SamplingParams
-from drex.control.cost import CostModel
-from drex.control.scheduler import Scheduler
+from drex.control.cost.model import CostModel
+from drex.engine.build import build_engine
 from drex.engine.driver import serve
-from drex.engine.engine import Engine
 from drex.engine.torch_executor import TorchExecutor
-from drex.sim.executor import Recorder, Replay
+from drex.sim.executor import RecordedSolving, Recorder, Replay, ReplayedSolving
 
 
 @pytest.mark.parametrize("run_ahead", ["off", "trusted", "lossless"])
@@ -28,23 +27,33 @@ def test_the_steps_of_a_real_run_are_reproduced(
     params = [SamplingParams(seed=i, max_tokens=12 + i, tpot_ms=50.0 if i % 3 == 0 else None) for i in range(14)]
 
     def arrivals() -> list[tuple[float, Any]]:
-        made = [llm.intake.requests([3 + i, 5, 7 + i], each)[0] for i, each in enumerate(params)]
+        made = [llm.inputs.requests([3 + i, 5, 7 + i], each)[0] for i, each in enumerate(params)]
         for number, request in enumerate(made):
             request.request_id, request.arrival = f"{number}", number
         return [(0.002 * number, request) for number, request in enumerate(made)]
 
+    outlook = llm.engine.scheduler.policy.rule.outlook
+    outlook.solving = solving = RecordedSolving(outlook.solving)
     recorder = Recorder(llm.engine.executor)
     llm.engine.executor = recorder
     llm.engine.history = []
     real = arrivals()
     serve(llm.engine, real)
 
-    scheduler = Scheduler(llm.config, llm.model.layout, llm.model.exits.kv_fill, CostModel(llm.profile))
-    again = Engine(scheduler, Replay(recorder), llm.tokenizer)
+    again = build_engine(
+        llm.config,
+        llm.model.layout,
+        llm.model.exits.kv_fill,
+        CostModel(llm.profile),
+        Replay(recorder),
+        tokenizer=llm.tokenizer,
+        solving=ReplayedSolving(solving),
+    )
     again.history = []
     replayed = arrivals()
     serve(again, replayed)
     assert again.history == llm.engine.history
     assert len(again.history) > 30
+    assert solving.passes
     for (_, one), (_, other) in zip(real, replayed, strict=True):
         assert one.records == other.records

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from drex import LLM, EarlyExit, SamplingParams
-from drex.bench.runner import while_all_decode
-from drex.config import EngineConfig, policy_settings
-from drex.control.policies import Choice, Drex, View
-from drex.control.profile import Curve, Profile, SegmentCost
+from drex.comparison.policy_names import policy_settings
+from drex.comparison.runner import while_all_decode
+from drex.comparison.simulate import Scenario
+from drex.config import EngineConfig
+from drex.control.cost.profile import Curve, Profile, SegmentCost
+from drex.control.policy.base import Choice, View
+from drex.control.policy.rebatching import Drex
 from drex.control.scheduler import Scheduler
 from drex.outputs import RequestOutput
 from drex.sim.executor import RecordedConfidences
-from drex.sim.simulate import Scenario
 from drex.sim.workload import Job
 
 PROMPTS = ["the cat", "on the mat; the", "dog", "the log. the cat sat", "sat", "o"]

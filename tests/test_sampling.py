@@ -13,15 +13,16 @@ import torch
 from conftest import COMMON
 
 from drex import EarlyExit, SamplingParams
+from drex.compute.head_output import HeadOutput
 from drex.compute.noise import gumbel
-from drex.compute.sampler import HeadOutput, Judgement, TorchReductions
+from drex.compute.sampler import Judgement, TorchReductions
 from drex.config import ExitRule
 from drex.control.hashing import GOLDEN, MIX, mix, uniform
 from drex.control.plan import Draws, Evaluations, Verdicts
+from drex.control.request import Request
 from drex.engine.detokenizer import Detokenizer
 from drex.engine.metrics import Metrics
 from drex.llm import LLM
-from drex.request import Request
 
 CPU = torch.device("cpu")
 PROMPT = [11, 7, 23, 7, 60, 3]
@@ -667,7 +668,7 @@ def test_what_comes_behind_a_stop_string_leaves_the_record_too(text_model, token
         plain = SamplingParams(temperature=0.9, max_tokens=24, seed=seed, ignore_eos=True)
         text = llm.generate([PROMPT], plain)[0].outputs[0].text
         stop = text[len(text) // 2 : len(text) // 2 + 2]
-        [request] = llm.intake.requests(PROMPT, replace(plain, stop=[stop]))
+        [request] = llm.inputs.requests(PROMPT, replace(plain, stop=[stop]))
         llm.engine.add(request)
         llm.engine.metrics, wholes = Metrics(), []
         with pytest.MonkeyPatch.context() as patch:

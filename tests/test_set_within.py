@@ -13,10 +13,10 @@ from torch import ones
 from typer.testing import CliRunner
 
 import drex.llm
-from drex.checkpoint import EARLY_EXIT_FILE, EarlyExitFile, ExitSpec, read_early_exit, write_early_exit
 from drex.cli.main import app
 from drex.compute.load import find_model
 from drex.config import EarlyExit, resolve_exits
+from drex.config.early_exit_json import EARLY_EXIT_FILE, EarlyExitFile, ExitSpec, read_early_exit, write_early_exit
 from drex.llm import LLM
 from drex.tuning.early_exit_file import measured_exits
 

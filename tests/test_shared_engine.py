@@ -125,12 +125,12 @@ def test_a_loop_that_is_closed_without_stop_ends_the_engines_thread(folder, busy
     async def leave():
         engine.start()
         if busy:
-            engine.submit(llm.intake.requests([5, 6], SamplingParams(max_tokens=40, ignore_eos=True)))
+            engine.submit(llm.inputs.requests([5, 6], SamplingParams(max_tokens=40, ignore_eos=True)))
             await asyncio.sleep(0)
 
     async def come_back():
         with pytest.raises(EngineStoppedError, match=r"the event loop .* has been closed"):
-            engine.submit(llm.intake.requests([5, 6], PARAMS[0]))
+            engine.submit(llm.inputs.requests([5, 6], PARAMS[0]))
         with pytest.raises(EngineStoppedError, match=r"the event loop .* has been closed"):
             await engine.ask(lambda _: None)
         await engine.stop()

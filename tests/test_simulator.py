@@ -14,17 +14,19 @@ import numpy as np
 import pytest
 
 from drex.config import EngineConfig, ExitRule
-from drex.control.cost import CostModel, Load
+from drex.control.cost.model import CostModel, Load
+from drex.control.cost.profile import nominal
 from drex.control.decisions import Decisions
+from drex.control.memory.slots import SlotLayout
 from drex.control.plan import Evaluations, Pass, PassResult
-from drex.control.profile import nominal
+from drex.control.request import Request, TokenRecord
 from drex.control.scheduler import Scheduler
-from drex.control.slots import SlotLayout
 from drex.engine.driver import serve
 from drex.engine.engine import Engine
 from drex.engine.executor import Executor
 from drex.engine.metrics import Metrics, quantiles
-from drex.request import ExitCheck, FinishReason, Request, SamplingParams, TokenRecord
+from drex.outputs import ExitCheck, FinishReason
+from drex.sampling_params import SamplingParams
 from drex.sim.executor import RecordedExits, Recorder, Replay, Said, VirtualExecutor
 from drex.sim.workload import Job, draw_jobs, read_trace
 
@@ -33,7 +35,9 @@ needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason=f"recorded traces 
 
 
 def make_engine(executor: Executor, lengths: tuple[int, ...] = (2, 2), **changes: Any) -> Engine:
-    config = EngineConfig(256, kv_cache_tokens=20_000, **{"max_num_seqs": 6} | changes)
+    config = EngineConfig(
+        256, **{"max_num_seqs": 6, "max_num_batched_tokens": 512, "kv_cache_tokens": 20_000} | changes
+    )
     scheduler = Scheduler(config, SlotLayout(lengths), "recompute", CostModel(nominal(lengths)))
     return Engine(scheduler, executor)
 

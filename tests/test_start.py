@@ -10,22 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import drex.tuning.estimate
-import drex.tuning.profile_cache
+import drex.profiling.estimate
+import drex.profiling.profile_cache
 from drex import LLM, EarlyExit
+from drex.comparison.simulate import Scenario
 from drex.compute.linear import weight_bytes
 from drex.config import EngineConfig
-from drex.control.cost import CostModel
-from drex.control.profile import Curve, OwnCost, Profile
-from drex.control.roofline import DecoderSizes, Rates, roofline
+from drex.control.cost.model import CostModel
+from drex.control.cost.profile import Curve, OwnCost, Profile
+from drex.control.cost.roofline import DecoderSizes, Rates, roofline
+from drex.control.memory.slots import SlotLayout
 from drex.control.scheduler import Scheduler
-from drex.control.slots import SlotLayout
 from drex.engine.engine import Engine
-from drex.request import SamplingParams
-from drex.sim.executor import DrawnExits, VirtualExecutor
-from drex.sim.simulate import Scenario
-from drex.sim.workload import draw_jobs
-from drex.tuning.estimate import (
+from drex.profiling.estimate import (
     MANY_ROWS,
     MEASURED_BYTES,
     MULTIPLIED_BYTES,
@@ -33,8 +30,11 @@ from drex.tuning.estimate import (
     estimate,
     some_products,
 )
-from drex.tuning.profile import Measured, Profiler, noise
-from drex.tuning.profile_cache import MEASURE, MEASURED, obtain
+from drex.profiling.profile_cache import MEASURE, MEASURED, obtain
+from drex.profiling.profiler import Measured, Profiler, noise
+from drex.sampling_params import SamplingParams
+from drex.sim.executor import DrawnExits, VirtualExecutor
+from drex.sim.workload import draw_jobs
 
 LENGTHS = (4, 4, 4)
 SIZES = DecoderSizes(hidden=256, layer_weights=2**20, head_weights=[2**20] * 3, kv_values=512, bytes_per_number=4.0)
@@ -89,10 +89,10 @@ def test_an_estimate_grows_with_rows_layers_and_the_vocabulary(models):
 def test_an_estimate_repeats_nothing_that_takes_long(llm, monkeypatch):
     """On a clock that ticks a second a look, each of three rates is measured once for every number of threads."""
     looks, products = itertools.count(), []
-    monkeypatch.setattr("drex.tuning.estimate.time.perf_counter", lambda: float(next(looks)))
+    monkeypatch.setattr("drex.profiling.estimate.time.perf_counter", lambda: float(next(looks)))
     counted = [lambda rows: products.append(len(rows))]
-    monkeypatch.setattr("drex.tuning.estimate.some_products", lambda *_: counted)
-    monkeypatch.setattr("drex.tuning.estimate.weight_bytes", lambda _: MEASURED_BYTES)
+    monkeypatch.setattr("drex.profiling.estimate.some_products", lambda *_: counted)
+    monkeypatch.setattr("drex.profiling.estimate.weight_bytes", lambda _: MEASURED_BYTES)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     assert estimate(llm.engine.executor.runner).source == "estimated"
@@ -100,7 +100,7 @@ def test_an_estimate_repeats_nothing_that_takes_long(llm, monkeypatch):
 
 
 def test_the_rate_of_computing_is_measured_on_few_weights(llm, monkeypatch):
-    monkeypatch.setattr("drex.tuning.estimate.weight_bytes", lambda _: MULTIPLIED_BYTES // 3)
+    monkeypatch.setattr("drex.profiling.estimate.weight_bytes", lambda _: MULTIPLIED_BYTES // 3)
     layers = llm.model.decoder.layers
     assert len(some_products(llm.model.decoder, MULTIPLIED_BYTES)) == 4
     assert len(some_products(llm.model.decoder, MEASURED_BYTES)) == 2 * len(layers)
@@ -108,11 +108,11 @@ def test_the_rate_of_computing_is_measured_on_few_weights(llm, monkeypatch):
 
 def test_the_rates_of_a_gpu_are_those_of_a_copy_and_of_one_large_product(monkeypatch):
     """Both read off a clock that says a tenth of a second for each; no GPU is needed for the arithmetic."""
-    monkeypatch.setattr(drex.tuning.estimate, "_median_seconds", lambda action, wait: 0.1)
+    monkeypatch.setattr(drex.profiling.estimate, "_median_seconds", lambda action, wait: 0.1)
     device = SimpleNamespace(
         decoder=SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16), synchronize=None
     )
-    rates = drex.tuning.estimate._gpu_rates(device)
+    rates = drex.profiling.estimate._gpu_rates(device)
     assert rates.bandwidth == pytest.approx(2 * 2**27 / 0.1)
     assert rates.compute == pytest.approx(0.5 * 2 * 4096**3 / 0.1)
 
@@ -122,7 +122,7 @@ def test_threads_that_are_named_stay(llm):
 
 
 def test_a_profile_that_was_kept_is_used(llm, monkeypatch):
-    monkeypatch.setattr("drex.tuning.profile.noise", lambda _: None)
+    monkeypatch.setattr("drex.profiling.profiler.noise", lambda _: None)
     measured = started(llm, MEASURED)
     assert measured.source != "estimated"
     monkeypatch.setattr(Profiler, "measure", None)
@@ -137,8 +137,8 @@ def test_without_a_kept_profile_measured_measures_and_measure_does_so_again(llm,
         return measure(self)
 
     monkeypatch.setattr(Profiler, "measure", counted)
-    monkeypatch.setattr(drex.tuning.profile_cache, "measure_own_cost", lambda *_: OwnCost())
-    monkeypatch.setattr("drex.tuning.profile.noise", lambda _: None)
+    monkeypatch.setattr(drex.profiling.profile_cache, "measure_own_cost", lambda *_: OwnCost())
+    monkeypatch.setattr("drex.profiling.profiler.noise", lambda _: None)
     for asked, count in ((None, 0), (MEASURED, 1), (MEASURED, 1), (None, 1), (MEASURE, 2)):
         started(llm, asked)
         assert len(calls) == count
@@ -165,7 +165,7 @@ def test_more_rows_that_are_much_cheaper_are_noise():
 
 def test_a_noisy_profile_is_used_but_not_kept_and_that_is_said(llm, monkeypatch, caplog):
     monkeypatch.setattr(Profiler, "measure", lambda self: Measured(START, "its rounds differ"))
-    monkeypatch.setattr(drex.tuning.profile_cache, "measure_own_cost", lambda *_: OwnCost())
+    monkeypatch.setattr(drex.profiling.profile_cache, "measure_own_cost", lambda *_: OwnCost())
     assert started(llm, MEASURED).segments == START.segments
     assert "used now and not kept: its rounds differ; measure again on a quiet machine" in caplog.text
     assert started(llm).source == "estimated"

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from drex.bench.open_loop import read_texts
-from drex.checkpoint import EARLY_EXIT_FILE
 from drex.cli.generate import _read_jobs
+from drex.comparison.simulate import read_confidences, read_depths
 from drex.compute.load import BUNDLED, find_model, inspect_model
-from drex.control.profile import load_profile, nominal
+from drex.config.early_exit_json import EARLY_EXIT_FILE
+from drex.control.cost.profile import nominal
+from drex.load_test.open_loop import read_texts
+from drex.profiling.profile_file import load_profile
 from drex.server.settings import read_keys
-from drex.sim.simulate import read_confidences, read_depths
 from drex.sim.workload import read_trace
 from drex.text_files import read_json_lines, read_lines, read_text
 from drex.tuning.corpus import read_documents

@@ -14,8 +14,8 @@ from conftest import CONFIGS
 from test_model_folders import refused
 from transformers import PreTrainedTokenizerFast
 
-import drex.tokenizer
-from drex.tokenizer import load_tokenizer
+import drex.inputs.tokenizer
+from drex.inputs.tokenizer import load_tokenizer
 
 TEXT = "the cat sat"
 CODE = """
@@ -176,7 +176,7 @@ def test_what_reads_a_tokenizer_model_is_named(
 ) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(content)
-    monkeypatch.setattr(drex.tokenizer, "_installed", lambda name: name in installed)
+    monkeypatch.setattr(drex.inputs.tokenizer, "_installed", lambda name: name in installed)
     with refused("tokenizer.model", remedy):
         load_tokenizer(folder)
 

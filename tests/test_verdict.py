@@ -15,15 +15,15 @@ import pytest
 from rich.console import Console
 from test_bench_report import a_run
 
-from drex.bench import load_report
-from drex.bench.advise import Advice, Outcome
-from drex.bench.busy import OtherLoad, busy_seconds
-from drex.bench.html import render
-from drex.bench.table import show
-from drex.bench.verdict import doubts, verdict
 from drex.cli import advise, evaluate, profile
 from drex.cli.info import _print as print_info
-from drex.control.profile import nominal
+from drex.comparison.advise import Advice, Outcome
+from drex.comparison.busy import OtherLoad, busy_seconds
+from drex.comparison.verdict import doubts, verdict
+from drex.control.cost.profile import nominal
+from drex.load_test import load_report
+from drex.report.html import render
+from drex.report.table import show
 from drex.tuning.evaluate import Quality
 
 

@@ -59,7 +59,7 @@ def log_likelihood(llm: LLM, context: str, continuation: str) -> tuple[float, bo
     Spaces at the context's end belong to the continuation, whose tokens are those that follow as many as the context
     alone has.
     """
-    whole, given = llm.intake.encode(context + continuation), llm.intake.encode(context.rstrip())
+    whole, given = llm.inputs.encode(context + continuation), llm.inputs.encode(context.rstrip())
     rest, start = whole[len(given) :], len(given) - 1
     [scored] = llm.score(given + rest)
     best = all(a == b for a, b in zip(scored.best[start:], rest, strict=True))

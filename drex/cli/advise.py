@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from drex.checkpoint import spell_thresholds
 from drex.cli.common import (
     CriterionOption,
     DeviceOption,
@@ -26,11 +25,12 @@ from drex.cli.common import (
     sweep_from,
 )
 from drex.config import EarlyExit
+from drex.config.early_exit_json import spell_thresholds
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from drex.bench.advise import Advice
+    from drex.comparison.advise import Advice
 
 SWEEP = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 COUNTS_ABREAST = 6
@@ -58,11 +58,11 @@ def advise(
     """Say whether early exit pays for a model on this machine, at which threshold, and how much."""
     from rich.console import Console
 
-    from drex.bench.advise import advise as run
+    from drex.comparison.advise import advise as run
     from drex.llm import LLM
+    from drex.profiling.profile_cache import MEASURED
     from drex.tuning.corpus import read_documents, split_held_out, standard_library
     from drex.tuning.evaluate import held_out_blocks
-    from drex.tuning.profile_cache import MEASURED
 
     grid, counts = sweep_from(thresholds, sweep, SWEEP), parse_ints(in_flight, "--in-flight", least=1)
     check_at_least(0, tolerance=tolerance)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from drex.bench.load import Target
 from drex.cli.common import (
     EXIT_LAYERS_HELP,
     AdaptiveOption,
@@ -35,11 +34,12 @@ from drex.cli.common import (
     parse_ints,
 )
 from drex.cli.output import OutputFile
+from drex.load_test.load import Target
 
 if TYPE_CHECKING:
-    from drex.bench.bench import Workload
-    from drex.bench.open_loop import Workload as Asked
-    from drex.bench.subject import Subject
+    from drex.comparison.policies_in_turn import Workload
+    from drex.comparison.subject import Subject
+    from drex.load_test.open_loop import Workload as Asked
 
 LONGEST_PROMPT = 64
 LOAD_REQUESTS = 200
@@ -108,13 +108,14 @@ def bench(
     check_at_least(1, requests=requests, output_tokens=output_tokens, repeats=repeats)
     check_above_zero(rate=rate, trace_scale=trace_scale, trace_speed=trace_speed, tpot_ms=tpot_ms)
     if url is not None:
-        from drex.bench.open_loop import Workload as Asked
+        from drex.load_test.open_loop import Workload as Asked
 
         count = LOAD_REQUESTS if requests is None else requests
         asked = Asked(prompts, trace, trace_scale, trace_speed, count, output_tokens, rate, burstiness, seed)
         _load(Target(url, model or "", api_key, chat, ignore_eos), asked, goodput or [], json_file)
         return
-    from drex.config import EngineConfig, policy_settings
+    from drex.comparison.policy_names import policy_settings
+    from drex.config import DEFAULTS, EngineConfig
 
     names, counts = policies.split(","), parse_ints(in_flight, "--in-flight", least=1)
     for name in names:
@@ -123,10 +124,10 @@ def bench(
     offer.check(tokens_only=shape is not None)
     from rich.console import Console
 
-    from drex.bench.bench import run
-    from drex.bench.html import render
-    from drex.bench.subject import synthetic, trained
-    from drex.bench.table import show
+    from drex.comparison.policies_in_turn import run
+    from drex.comparison.subject import synthetic, trained
+    from drex.report.html import render
+    from drex.report.table import show
 
     # Whether early exit pays is in the report.
     logging.getLogger("drex.engine").setLevel(logging.ERROR)
@@ -134,6 +135,7 @@ def bench(
     config = EngineConfig(
         max_model_len=longest,
         max_num_seqs=max(counts),
+        max_num_batched_tokens=DEFAULTS.max_num_batched_tokens,
         kv_cache_tokens=max(counts) * longest,
         max_slowdown=max_slowdown,
         adaptive=adaptive,
@@ -178,8 +180,8 @@ def _load(target: Target, asked: Asked, goodput: list[str], json_file: Path | No
 
     from rich.console import Console
 
-    from drex.bench.load_report import parse_goodput, show
-    from drex.bench.open_loop import run
+    from drex.load_test.load_report import parse_goodput, show
+    from drex.load_test.open_loop import run
 
     targets = parse_goodput(goodput)
     with OutputFile(json_file, "--json") as data:
@@ -209,7 +211,7 @@ class _Offer:
         Args:
             tokens_only: there will be no tokeniser for prompts that are text.
         """
-        from drex.bench.subject import prompts_in
+        from drex.comparison.subject import prompts_in
         from drex.sim.workload import read_trace
 
         if self.prompts is not None:
@@ -221,9 +223,9 @@ class _Offer:
 
     def workloads(self, subject: Subject) -> Callable[[int], Workload]:
         """What to serve on a subject, at a count in flight."""
-        from drex.bench.bench import Workload, random_prompts
-        from drex.bench.subject import SYNTHETIC, held_out_prompts, read_prompts
-        from drex.request import SamplingParams
+        from drex.comparison.policies_in_turn import Workload, random_prompts
+        from drex.comparison.subject import SYNTHETIC, held_out_prompts, read_prompts
+        from drex.sampling_params import SamplingParams
         from drex.sim.workload import draw_jobs, read_trace
 
         whole, tokens = subject.config.max_model_len, self.output_tokens

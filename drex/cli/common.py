@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from drex.checkpoint import Thresholds, check_threshold
 from drex.config import EarlyExit
+from drex.config.early_exit_json import Thresholds, check_threshold
 
 EXIT_LAYERS_HELP = "Exit points: comma-separated counts of layers executed, as in 4,8."
 
@@ -26,12 +27,22 @@ SweepOption = Annotated[
     str | None, typer.Option("--sweep", help="Compare several thresholds, each for all exits, as in 0.5,0.7,0.9.")
 ]
 CriterionOption = Annotated[
-    str | None, typer.Option("--criterion", help="max_prob, margin, entropy, state, patience, probe or trace.")
+    str | None,
+    typer.Option(
+        "--criterion",
+        help="max_prob, margin, entropy, state, patience, probe, trace, or one of an installed package.",
+    ),
+]
+CriterionParametersOption = Annotated[
+    str | None, typer.Option("--criterion-parameters", help="Of the criterion, as JSON: '{\"patience\": 3}'.")
+]
+PolicyParametersOption = Annotated[
+    str | None, typer.Option("--policy-parameters", help="Of the policy, as JSON: '{\"age_factor\": 0.1}'.")
 ]
 KvFillOption = Annotated[
     str | None, typer.Option("--kv-fill", help="K/V of skipped layers: recompute, project, alias or mask.")
 ]
-PolicyOption = Annotated[str, typer.Option("--policy", help="drex, split or full.")]
+PolicyOption = Annotated[str, typer.Option("--policy", help="drex, split, full, or one of an installed package.")]
 RunAheadOption = Annotated[
     str,
     typer.Option("--run-ahead", help="Draft on while waiting: off, trusted, or lossless (full depth's own tokens)."),
@@ -65,22 +76,46 @@ HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write the repor
 
 
 def early_exit_from(
-    exits: str | None, thresholds: str | None, criterion: str | None, kv_fill: str | None, full_depth: bool
+    exits: str | None,
+    thresholds: str | None,
+    criterion: str | None,
+    kv_fill: str | None,
+    full_depth: bool = False,
+    criterion_parameters: str | None = None,
 ) -> EarlyExit | None:
     """The settings that the options name; None leaves everything to `early_exit.json`."""
+    named = exits or thresholds or criterion or kv_fill or criterion_parameters
     if full_depth:
-        if exits or thresholds or criterion or kv_fill:
+        if named:
             raise ValueError("--full-depth goes without --exits, --thresholds, --criterion and --kv-fill")
         return EarlyExit.off()
-    if not (exits or thresholds or criterion or kv_fill):
+    if not named:
         return None
     numbers = None if thresholds is None else parse_floats(thresholds, "--thresholds")
     return EarlyExit(
         layers=None if exits is None else parse_ints(exits, "--exits"),
         thresholds=numbers[0] if numbers is not None and len(numbers) == 1 else numbers,
         criterion=criterion,
+        criterion_parameters=parse_parameters(criterion_parameters, "--criterion-parameters"),
         kv_fill=kv_fill,
     )
+
+
+def parse_parameters(text: str | None, option: str) -> dict[str, Any] | None:
+    """Names and values from JSON; None where the option was not given.
+
+    Raises:
+        ValueError: no JSON object.
+    """
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{option} {text!r} is not JSON ({error}): give an object, as in '{{\"k\": 3}}'") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{option} {text!r}: give a JSON object, as in '{{\"k\": 3}}'")
+    return found
 
 
 def sweep_from(thresholds: str | None, sweep: str | None, default: Sequence[float]) -> list[Thresholds]:

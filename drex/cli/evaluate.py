@@ -12,7 +12,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from drex.checkpoint import spell_thresholds
 from drex.cli.common import (
     CriterionOption,
     DtypeOption,
@@ -29,6 +28,7 @@ from drex.cli.common import (
 )
 from drex.cli.output import OutputFile
 from drex.config import EarlyExit
+from drex.config.early_exit_json import spell_thresholds
 
 if TYPE_CHECKING:
     from drex.tuning.evaluate import Quality

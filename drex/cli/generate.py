@@ -13,6 +13,7 @@ import typer
 
 from drex.cli.common import (
     CriterionOption,
+    CriterionParametersOption,
     DeviceOption,
     DtypeOption,
     ExitsOption,
@@ -21,14 +22,17 @@ from drex.cli.common import (
     MaxModelLenOption,
     ModelOption,
     PolicyOption,
+    PolicyParametersOption,
     RunAheadOption,
     ThresholdsOption,
     early_exit_from,
+    parse_parameters,
 )
 from drex.cli.writers import Job, JsonWriter, TextWriter
+from drex.config import DEFAULTS
 from drex.outputs import ExitStats
 from drex.progress import Progress
-from drex.request import SamplingParams
+from drex.sampling_params import SamplingParams
 from drex.text_files import decode, read_lines, read_text
 
 
@@ -54,14 +58,16 @@ def generate(
     exits: ExitsOption = None,
     thresholds: ThresholdsOption = None,
     criterion: CriterionOption = None,
+    criterion_parameters: CriterionParametersOption = None,
     kv_fill: KvFillOption = None,
     full_depth: Annotated[bool, typer.Option("--full-depth", help="No early exit.")] = False,
-    policy: PolicyOption = "drex",
-    run_ahead: RunAheadOption = "trusted",
+    policy: PolicyOption = DEFAULTS.policy,
+    policy_parameters: PolicyParametersOption = None,
+    run_ahead: RunAheadOption = DEFAULTS.run_ahead,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     max_model_len: MaxModelLenOption = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Requests in flight.")] = 64,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests in flight.")] = DEFAULTS.max_num_seqs,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line and prompt.")] = False,
 ) -> None:
     """Generate text with early exit; by default with the bundled model."""
@@ -75,7 +81,7 @@ def generate(
     named = {name: value for name, value in named.items() if value is not None}
     own = SamplingParams(temperature=0.0, max_tokens=max_tokens, seed=seed, stop=stop, ignore_eos=ignore_eos)
     params = replace(own, **named)  # type: ignore[arg-type]
-    early_exit = early_exit_from(exits, thresholds, criterion, kv_fill, full_depth)
+    early_exit = early_exit_from(exits, thresholds, criterion, kv_fill, full_depth, criterion_parameters)
     jobs = _read_jobs(prompt, file, jsonl)
     from drex.llm import LLM
 
@@ -85,6 +91,7 @@ def generate(
         dtype=dtype,
         device=device,
         policy=policy,
+        policy_parameters=parse_parameters(policy_parameters, "--policy-parameters"),
         run_ahead=run_ahead,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,

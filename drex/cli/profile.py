@@ -24,7 +24,7 @@ from drex.cli.output import OutputFile
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from drex.control.profile import Profile
+    from drex.control.cost.profile import Profile
 
 
 def profile(
@@ -45,7 +45,7 @@ def profile(
     from rich.console import Console
 
     from drex.llm import LLM
-    from drex.tuning.profile_cache import MEASURE, MEASURED
+    from drex.profiling.profile_cache import MEASURE, MEASURED
 
     check_at_least(1, max_num_seqs=max_num_seqs, threads=threads)
     settings = early_exit_from(exits, thresholds, criterion, kv_fill, False)

@@ -12,6 +12,7 @@ import typer
 from drex.cli.common import (
     AdaptiveOption,
     CriterionOption,
+    CriterionParametersOption,
     DeviceOption,
     DtypeOption,
     ExitsOption,
@@ -20,13 +21,16 @@ from drex.cli.common import (
     MaxModelLenOption,
     MaxSlowdownOption,
     PolicyOption,
+    PolicyParametersOption,
     RunAheadOption,
     ThresholdsOption,
     check_above_zero,
     check_at_least,
     check_share,
     early_exit_from,
+    parse_parameters,
 )
+from drex.config import DEFAULTS
 from drex.extras import INSTALL_SERVER
 from drex.text_files import read_text
 
@@ -56,8 +60,10 @@ def serve(
         str | None, typer.Option(help="What passes cost: a file of drex profile --out, measured, measure or nominal.")
     ] = None,
     max_model_len: MaxModelLenOption = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Requests in flight.")] = 64,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Rows a pass may have.")] = 512,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests in flight.")] = DEFAULTS.max_num_seqs,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Rows a pass may have.")
+    ] = DEFAULTS.max_num_batched_tokens,
     kv_cache_tokens: Annotated[int | None, typer.Option(help="Tokens for which there is K/V memory.")] = None,
     gpu_memory_utilization: Annotated[
         float | None, typer.Option(help="Share of the GPU's memory to use, instead of --kv-cache-tokens; 0.9.")
@@ -66,12 +72,14 @@ def serve(
     exits: ExitsOption = None,
     thresholds: ThresholdsOption = None,
     criterion: CriterionOption = None,
+    criterion_parameters: CriterionParametersOption = None,
     kv_fill: KvFillOption = None,
     full_depth: Annotated[bool, typer.Option("--full-depth", help="No early exit.")] = False,
-    policy: PolicyOption = "drex",
-    run_ahead: RunAheadOption = "trusted",
+    policy: PolicyOption = DEFAULTS.policy,
+    policy_parameters: PolicyParametersOption = None,
+    run_ahead: RunAheadOption = DEFAULTS.run_ahead,
     max_slowdown: MaxSlowdownOption = None,
-    adaptive: AdaptiveOption = False,
+    adaptive: AdaptiveOption = DEFAULTS.adaptive,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, where it is not beside the model.")] = None,
     generation_config: GenerationConfigOption = "auto",
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file, instead of the model's template.")] = None,
@@ -116,7 +124,7 @@ def serve(
         allowed_origins=tuple(allowed_origins or ()),
         log_prompts=log_prompts,
     )
-    early_exit = early_exit_from(exits, thresholds, criterion, kv_fill, full_depth)
+    early_exit = early_exit_from(exits, thresholds, criterion, kv_fill, full_depth, criterion_parameters)
     # The address first: loading a model takes long, and may be for nothing.
     with logging_to_stderr(log_format) as log, bound(host, port) as sockets:
         llm = LLM(
@@ -125,6 +133,7 @@ def serve(
             dtype=dtype,
             device=device,
             policy=policy,
+            policy_parameters=parse_parameters(policy_parameters, "--policy-parameters"),
             run_ahead=run_ahead,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,

@@ -79,18 +79,19 @@ def simulate(
     """Simulate scheduling policies: the engine's own control code, over virtual time. No weights, no GPU."""
     from rich.console import Console
 
-    from drex.bench.html import render
-    from drex.bench.table import show
-    from drex.bench.verdict import verdict
-    from drex.bench.versions import versions
-    from drex.checkpoint import KV_FILLS
-    from drex.config import per_exit, policy_settings
-    from drex.control.profile import load_profile
+    from drex.comparison.policy_names import policy_settings
+    from drex.comparison.simulate import Scenario, read_confidences, read_depths, run, segment_lengths
+    from drex.comparison.verdict import verdict
+    from drex.comparison.versions import versions
+    from drex.config import per_exit
+    from drex.config.early_exit_json import KV_FILLS
+    from drex.profiling.profile_file import load_profile
     from drex.progress import Progress
-    from drex.request import SamplingParams
+    from drex.report.html import render
+    from drex.report.table import show
+    from drex.sampling_params import SamplingParams
     from drex.sim.machines import MACHINES, machine_profile
     from drex.sim.shapes import SHAPES
-    from drex.sim.simulate import Scenario, read_confidences, read_depths, run, segment_lengths
     from drex.sim.workload import draw_jobs, read_trace
 
     # Whether early exit pays is in the report.

@@ -48,7 +48,7 @@ def train(
     """Train a small early-exit decoder from text and write it as a Hugging Face folder with early_exit.json."""
     from drex.compute.device import has_fast_bfloat16
     from drex.compute.load import pick_device
-    from drex.tokenizer import load_tokenizer
+    from drex.inputs.tokenizer import load_tokenizer
     from drex.tuning.corpus import read_documents, standard_library
     from drex.tuning.interruption import Stopped
     from drex.tuning.recipe import TrainConfig

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drex.checkpoint import HEAD_KINDS
+from drex.config.early_exit_json import HEAD_KINDS
 
 
 class GatedMLP(nn.Module):

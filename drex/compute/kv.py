@@ -1,4 +1,4 @@
-"""K/V memory: one pool of slots for all layers, addressed by the cells of `drex.control.slots`, and its tables."""
+"""K/V memory: one pool of slots for all layers, addressed by the cells of `control.memory.slots`, and its tables."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from drex.compute.spec import ModelSpec
 from drex.compute.transfer import put
+from drex.control.memory.slots import SlotLayout
 from drex.control.plan import Entries
-from drex.control.slots import SlotLayout
 
 
 class KVPool:

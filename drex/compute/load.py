@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from drex.checkpoint import read_early_exit
 from drex.compute.decoder import Decoder
 from drex.compute.device import has_fast_bfloat16
 from drex.compute.heads import ExitHead
 from drex.compute.spec import ModelSpec
 from drex.compute.weights import load_decoder, load_exit_head
 from drex.config import DTYPES, EarlyExit, ExitPlan, resolve_exits
-from drex.control.slots import SlotLayout
+from drex.config.early_exit_json import read_early_exit
+from drex.control.memory.slots import SlotLayout
 
 log = logging.getLogger(__name__)
 BUNDLED = "drex-stdlib-10m"

@@ -16,8 +16,8 @@ from drex.compute.decoder import Decoder
 from drex.compute.heads import ExitHead
 from drex.compute.kv import KVPool, KVTables
 from drex.compute.linear import Linear
+from drex.control.memory.slots import SlotLayout
 from drex.control.plan import Pass
-from drex.control.slots import SlotLayout
 
 Probe = tuple[Tensor, Tensor]
 

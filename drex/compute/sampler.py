@@ -7,42 +7,19 @@ once; what it found comes to the host in one small copy, and one more where like
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drex.compute.criteria import Measured, agreeing_runs, by_criterion, confidences
+from drex.compute.criteria import Asked, Measured, agreeing_runs, by_criterion, confidences
 from drex.compute.drawing import Reductions, draw, wide
+from drex.compute.head_output import HeadOutput
 from drex.compute.noise import gumbel
 from drex.compute.transfer import Copied, put
 from drex.control.hashing import Hashes
 from drex.control.plan import Evaluations, FloatArray, Verdicts
-
-NEEDS = {"margin": "second", "entropy": "mean", "state": "cosine", "probe": "probed"}
-"""What a criterion needs beyond the columns that always are there."""
-
-
-@dataclass(frozen=True)
-class HeadOutput:
-    """What a head was given and gave, a row an evaluation.
-
-    Attributes:
-        logits: (rows, vocab), unscaled.
-        hidden, before: the segment's output and what its last layer was given, (rows, hidden).
-        segment: that ends here.
-        final: whether this is the final head.
-        probe: (weight (2, hidden), bias (2,)) of this exit, if it has one.
-    """
-
-    logits: Tensor
-    hidden: Tensor
-    before: Tensor
-    segment: int
-    final: bool
-    probe: tuple[Tensor, Tensor] | None
 
 
 class TorchReductions:
@@ -106,9 +83,9 @@ class Judgement:
         )
 
 
-def _measure(head: HeadOutput, logits: Tensor, criteria: Collection[str], reductions: Reductions) -> dict[str, Tensor]:
+def _measure(head: HeadOutput, logits: Tensor, asked: Asked, reductions: Reductions) -> dict[str, Tensor]:
     """The columns that confidences are computed from."""
-    wanted = {NEEDS[name] for name in criteria if name in NEEDS}
+    wanted = frozenset[str]().union(*(criterion.needs for criterion, _ in asked))
     columns = reductions.summarise(logits, wanted)
     if "cosine" in wanted:
         columns["cosine"] = F.cosine_similarity(wide(head.before), wide(head.hidden), dim=-1)
@@ -116,6 +93,10 @@ def _measure(head: HeadOutput, logits: Tensor, criteria: Collection[str], reduct
         assert head.probe is not None
         weight, bias = head.probe
         columns["probed"] = wide(F.linear(head.hidden, weight, bias)).softmax(-1)[:, 1]
+    for criterion, _ in asked:
+        further = criterion.columns(head, logits)
+        assert not columns.keys() & further.keys(), f"{criterion} names a column that is taken"
+        columns |= further
     return columns
 
 

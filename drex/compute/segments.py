@@ -12,13 +12,14 @@ from torch import Tensor
 from drex.compute import native
 from drex.compute.decoder import Decoder
 from drex.compute.drawing import Reductions
+from drex.compute.head_output import HeadOutput
 from drex.compute.heads import ExitHead
 from drex.compute.kv import KVPool, KVTables
 from drex.compute.reference import Layers, Machinery, Probe, ReferenceLayers
-from drex.compute.sampler import HeadOutput, Judgement, TorchReductions
+from drex.compute.sampler import Judgement, TorchReductions
 from drex.compute.transfer import Mark
+from drex.control.memory.slots import SlotLayout
 from drex.control.plan import NOTHING, Evaluations, Pass, Verdicts
-from drex.control.slots import SlotLayout
 
 log = logging.getLogger(__name__)
 KERNELS = ("auto", "torch", "native", "triton")

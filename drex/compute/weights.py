@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from drex.checkpoint import ExitSpec
 from drex.compute.decoder import Decoder, LayerWeights
 from drex.compute.device import memory_bytes
 from drex.compute.heads import ExitHead
 from drex.compute.linear import Linear, Products
 from drex.compute.spec import ModelSpec
 from drex.compute.weight_files import TensorFiles
+from drex.config.early_exit_json import ExitSpec
 
 log = logging.getLogger(__name__)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -12,10 +12,12 @@ from __future__ import annotations
 import bisect
 
 from drex.config import EngineConfig
-from drex.control.flush import FlushRule
-from drex.control.placement import Placement
+from drex.control.memory.placement import Placement
+from drex.control.policy.flush import FlushRule
+from drex.control.request import Request
 from drex.control.seats import Seats, urgency
-from drex.request import FinishReason, Request
+from drex.errors import SettingError
+from drex.outputs import FinishReason
 
 
 class Admission:
@@ -50,21 +52,23 @@ class Admission:
         length = len(request.prompt) + request.max_tokens - 1
         asked = f"prompt ({len(request.prompt)}) and max_tokens ({request.max_tokens})"
         if length * self.placement.slots_per_token > self.placement.pool.capacity:
-            raise ValueError(
+            raise SettingError(
+                "prompt",
                 f"{asked} need K/V for {length} tokens and the pool holds {self.config.kv_cache_tokens}: "
-                f"shorten one of them, or raise kv_cache_tokens"
+                f"shorten one of them, or raise kv_cache_tokens",
             )
         if length > self.config.max_model_len:
-            raise ValueError(
+            raise SettingError(
+                "prompt",
                 f"{asked} are more than the {self.config.max_model_len} tokens that a request may have: "
-                f"shorten one of them, or raise max_model_len"
+                f"shorten one of them, or raise max_model_len",
             )
 
     def add(self, request: Request, now: float) -> None:
         """Queue a request. Raises ValueError for one that could never fit."""
         self.check_fits(request)
         assert request.request_id not in self._requests
-        request.arrived_at = now
+        request.arrive(now)
         self._requests[request.request_id] = request
         bisect.insort(self.waiting, request, key=urgency)
 
@@ -77,12 +81,12 @@ class Admission:
             error: what went wrong, for `FinishReason.ERROR`.
         """
         request = self._requests[request_id]
-        request.error = error
         if request.seat is not None and not self.seats.idle[request.seat]:
-            request.abort_asked = reason
+            request.ask_to_abort(reason, error)
             self._aborting.append(request)
             return
-        request.finish_reason = reason
+        assert request.finish_reason is None
+        request.end(reason, error)
         del self._requests[request_id]
         if request.seat is None:
             self.waiting.remove(request)
@@ -138,4 +142,4 @@ class Admission:
     def _would_be_late(self) -> bool:
         """Whether one more request would push running ones past targets that can be met at all."""
         tightest = float(self.seats.pace.min())
-        return self.rule.full_step(1) <= tightest < self.rule.full_step(len(self.seats) + 1)
+        return self.rule.prices.full_step(1) <= tightest < self.rule.prices.full_step(len(self.seats) + 1)

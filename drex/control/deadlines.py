@@ -11,7 +11,8 @@ import math
 import numpy as np
 
 from drex.control.plan import BoolArray, FloatArray
-from drex.request import Request, SamplingParams
+from drex.control.request import Request
+from drex.sampling_params import SamplingParams
 
 CHUNK_FLOOR = 16
 """Prompt rows a pass may have whatever is due: prompts are never starved by deadlines."""
@@ -46,18 +47,20 @@ class Deadlines:
             self.late += 1
         params = request.params
         if request.first_token_at is None:
-            request.first_token_at = request.paced_due = now
+            request.first_token_came(now)
         if self.max_slowdown is None and params.tpot_ms is None and params.itl_ms is None:
             return
         due = math.inf
         if params.tpot_ms is not None:
+            assert request.first_token_at is not None
             due = request.first_token_at + number * params.tpot_ms / 1e3
         if params.itl_ms is not None:
             due = min(due, now + params.itl_ms / 1e3)
+        paced_due = request.paced_due
         if self.max_slowdown is not None:
-            request.paced_due += self.max_slowdown * full_step
-            due = min(due, request.paced_due)
-        request.due = due
+            paced_due += self.max_slowdown * full_step
+            due = min(due, paced_due)
+        request.next_is_due(due, paced_due)
 
     def bounds(self, paced: BoolArray) -> BoolArray:
         """Whether requests have due times, by whether they have targets of their own."""

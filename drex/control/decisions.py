@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from drex.control.drafts import Drafts
-from drex.control.placement import Placed, Placement
+from drex.control.memory.placement import Placed, Placement
 from drex.control.plan import BoolArray, Evaluations, FloatArray, IntArray, Verdicts
 from drex.control.records import Decided
+from drex.control.request import Request, TokenRecord
+from drex.control.run_ahead.drafts import Drafts
 from drex.control.seats import Seats
-from drex.request import Request, TokenRecord
 
 NOBODY = np.zeros(0, dtype=np.int64)
 
@@ -163,10 +163,10 @@ class Decisions:
         seats, live, depth = self.seats, asked.live, segment + 1
         of, positions, final = asked.seats, asked.evaluations.positions, depth == seats.segments
         if seats.having["patient"]:
-            seats.agreeing[:, of, positions] = verdicts.agreeing
+            seats.agree(of, positions, verdicts.agreeing)
         decided = np.ones(len(of), dtype=np.bool_) if final else exits
         if not final:
-            seats.confidence[segment].put(asked.places, verdicts.confidences)
+            seats.judge(segment, asked.places, verdicts.confidences)
             if seats.having["lossless"]:
                 # No exit decides a token of a lossless request; rows of a scored prompt have a rule of their own.
                 decided = exits.copy()
@@ -187,17 +187,17 @@ class Decisions:
     def _settle(self, decided: Decided, places: IntArray) -> None:
         """Rows are decided that stand on nothing open, and that nothing stands on; `places` are theirs."""
         seats, live = self.seats, decided.live
-        seats.depth.put(places, decided.depth)
+        seats.decide(places, decided.depth)
         if decided.depth < seats.segments:
             self.placement.exited(places, decided.depth)
         if live < len(places):
-            seats.measured.put(places[live:], True)
-        seats.token.put(places + 1, decided.verdicts.tokens[decided.numbers])
+            seats.measure(places[live:])
+        seats.write(places + 1, decided.verdicts.tokens[decided.numbers])
         of, known = decided.seats[:live], decided.positions[:live] + 2
-        seats.reached[0][of] = seats.settled[of] = known
+        seats.settle(of, known)
         # Penalties go by what was said so far, in the next pass too.
         for request, token in zip(decided.requests[:live], decided.tokens, strict=False):
-            request.context.append(token)
+            request.say(token)
         changing = known == seats.prompt[of] + 1
         if seats.having["decaying"]:
             changing |= seats.decaying[of]
@@ -212,8 +212,7 @@ class Decisions:
             request.take(record)
         of_prompts = zip(decided.requests[live:], decided.positions[live:].tolist(), records[live:], strict=True)
         for request, position, record in of_prompts:
-            request.prompt_records[position] = record
-            request.depths[position] = decided.depth
+            request.score(position, record)
 
     def _run_ahead(
         self, segment: int, asked: Asked, verdicts: Verdicts, decided: BoolArray, rows: IntArray
@@ -247,7 +246,7 @@ class Decisions:
                 self.drafts.go_on(request, position, token, segment, confidence)
         if sure:
             places = asked.places[rows[kept]]
-            seats.depth.put(places, depth)
+            seats.decide(places, depth)
             if depth < seats.segments:
                 self.placement.exited(places, depth)
         out = []

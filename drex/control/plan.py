@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from drex.config import ExitRule
-    from drex.request import SamplingParams
+    from drex.sampling_params import SamplingParams
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from drex.control.plan import FloatArray, IntArray, Verdicts
-from drex.request import ExitCheck, Request, TokenRecord
+from drex.control.request import Request, TokenRecord
+from drex.outputs import ExitCheck
 
 # As the classes' own `_make`, without a call of a Python function for each.
 _record: Callable[[Iterable[Any]], TokenRecord] = partial(tuple.__new__, TokenRecord)

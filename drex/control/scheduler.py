@@ -2,12 +2,11 @@
 
 A request has no phase; at every segment it catches up with what has come there (`drex.control.seats`). Who runs is for
 `drex.control.admission`, which segment runs for the policy, which rows for the selection; what these hold is claimed
-and placed by `drex.control.placement`.
+and placed by `drex.control.memory.placement`.
 """
 
 from __future__ import annotations
 
-from operator import contains
 from typing import Any
 
 import numpy as np
@@ -15,31 +14,36 @@ import numpy.typing as npt
 
 from drex.config import EngineConfig
 from drex.control.admission import Admission
-from drex.control.arena import ArenaRows
-from drex.control.cost import CostModel, Load
+from drex.control.cost.model import CostModel
 from drex.control.deadlines import Deadlines
-from drex.control.decisions import Asked, Decisions
-from drex.control.drafts import Drafts
-from drex.control.placement import Placement
-from drex.control.plan import NO_EVALUATIONS, BoolArray, IntArray, Pass, PassResult, Verdicts, total
-from drex.control.policies import POLICIES, Checks, Choice, View
-from drex.control.records import Decided
+from drex.control.decisions import Decisions
+from drex.control.memory.arena import ArenaRows
+from drex.control.memory.placement import Placement
+from drex.control.memory.slots import SlotLayout, SlotPool
+from drex.control.plan import NO_EVALUATIONS, IntArray, Pass, PassResult
+from drex.control.policy.base import Choice, Setting, Split, View
+from drex.control.policy.outlook import Solving
+from drex.control.report import SchedulerReport
+from drex.control.request import Request
+from drex.control.results import Results
+from drex.control.run_ahead.drafts import Drafts
 from drex.control.seats import Seats
 from drex.control.selection import Selection
-from drex.control.slots import SlotLayout, SlotPool
 from drex.control.standing import Standing
 from drex.control.work import Work
-from drex.request import FinishReason, Request
+from drex.extensions import POLICIES
+from drex.outputs import FinishReason
 
 
 class Scheduler:
     """Owns the requests through `admission`, where they stand in `seats`, and what they hold through `placement`.
 
     Args:
-        config: with `kv_cache_tokens` resolved.
+        config: sizes and policy.
         layout: of the segments.
         kv_fill: what fills the layers that a token skipped.
         cost: of passes; it learns from those that are run.
+        solving: where the optimum is computed; None: in place, which holds up planning.
 
     Attributes:
         passes: how many were planned.
@@ -47,10 +51,16 @@ class Scheduler:
         unchecked: tokens that could have exited somewhere and were not asked (`adaptive`).
     """
 
-    def __init__(self, config: EngineConfig, layout: SlotLayout, kv_fill: str, cost: CostModel) -> None:
-        assert config.kv_cache_tokens is not None
+    def __init__(
+        self,
+        config: EngineConfig,
+        layout: SlotLayout,
+        kv_fill: str,
+        cost: CostModel,
+        solving: Solving | None = None,
+    ) -> None:
         assert cost.segments == len(layout.lengths)
-        self.config, self.layout, self.kv_fill, self.cost = config, layout, kv_fill, cost
+        self.config, self.layout, self.kv_fill, self.cost, self._solving = config, layout, kv_fill, cost, solving
         self.segments = len(layout.lengths)
         # The last token has a place among what is known, though it is never run.
         self.seats = Seats(config.max_num_seqs, self.segments, config.max_model_len + 1)
@@ -58,17 +68,21 @@ class Scheduler:
         self.drafts = Drafts(self.seats, self.placement, config.max_draft)
         self.decisions = Decisions(self.seats, self.placement, self.drafts)
         self.selection = Selection(config, self.placement, self.seats, cost)
-        self.policy = POLICIES[config.policy](config, cost, kv_fill)
+        policy: Split = POLICIES.make(config.policy, config.policy_parameters, Setting(config, cost, kv_fill, solving))
         self.deadlines = Deadlines(config.max_slowdown)
-        self.admission = Admission(config, self.seats, self.placement, self.policy.rule)
+        self.admission = Admission(config, self.seats, self.placement, policy.rule)
         self.view: View | None = None
         self.passes = self.unchecked = 0
-        self._outstanding: dict[int, Work] = {}
-        self._context = 0.0
+        self.results = Results(self.seats, self.placement, self.decisions, policy, cost, self.deadlines, self.admission)
 
     def renewed(self) -> Scheduler:
         """A scheduler without requests, for the same model and settings; of what was learnt it keeps the costs."""
-        return Scheduler(self.config, self.layout, self.kv_fill, self.cost)
+        return Scheduler(self.config, self.layout, self.kv_fill, self.cost, self._solving)
+
+    @property
+    def policy(self) -> Split:
+        """Which segment runs next, and which rows exit."""
+        return self.results.policy
 
     @property
     def pool(self) -> SlotPool:
@@ -79,6 +93,45 @@ class Scheduler:
     def arena(self) -> ArenaRows:
         """The rows of the hidden-state arena."""
         return self.placement.arena
+
+    def report(self) -> SchedulerReport:
+        """What was counted and learnt so far."""
+        rule, found = self.policy.rule, self.policy.rule.outlook.yardstick
+        return SchedulerReport(
+            running=len(self.seats),
+            waiting=len(self.admission.waiting),
+            buffered=[len(buffer) for buffer in Standing.of(self.seats).buffers[1:]],
+            achieved=rule.achieved,
+            theta_star=found.optimal if found else None,
+            ideal=found.ideal if found else None,
+            full=rule.full,
+            exit_rates=rule.rates.all(),
+            unchecked=self.unchecked,
+            run_ahead=self.drafts.report(),
+            late=self.deadlines.late,
+            infeasible=self.deadlines.infeasible,
+            preemptions=self.admission.preemptions,
+            cost_error=self.cost.error_quantiles(),
+            slots_in_use=self.pool.in_use,
+            slots=self.pool.capacity,
+        )
+
+    def count_afresh(self) -> None:
+        """Forget what drafts came to, but for what was learnt of how likely they are right."""
+        self.drafts.count_afresh()
+
+    def gain(self, view: View) -> float | None:
+        """Tokens by which flushing is worth more than going on, as solved; None where that isn't known at a view."""
+        found = self.policy.rule.outlook.yardstick
+        return None if found is None or view.prompts else found.gain(view.ready, view.live[1:])
+
+    def running(self) -> list[Request]:
+        """Requests that have a seat, most urgent first."""
+        return self.admission.running
+
+    def check_fits(self, request: Request) -> None:
+        """Raise ValueError, naming the remedy, for a request that could never be served."""
+        self.admission.check_fits(request)
 
     def add(self, request: Request, now: float) -> None:
         """Queue a request. Raises ValueError for one that could never fit."""
@@ -105,8 +158,7 @@ class Scheduler:
             if choice is not None:
                 self.passes += 1
                 return self._plan(choice, standing, self.passes - 1, now)
-            for work in self._outstanding.values():
-                self._write(work)
+            self.results.write_all()
             if not self.admission.preempt():
                 return None
 
@@ -139,7 +191,7 @@ class Scheduler:
             due=self._due(standing),
             owed=standing.owed,
             decoding=self.seats.decoding,
-            context=self._context,
+            context=self.results.context,
             ahead=ahead,
             lossless=bool(self.seats.having["lossless"]),
         )
@@ -147,34 +199,29 @@ class Scheduler:
 
     def _due(self, standing: Standing) -> list[float]:
         """When the first token of each buffer is due."""
-        if not self._anyone_due:
+        if not self.results.anyone_due:
             return [np.inf] * self.segments
         return [_least(self.seats.due, waiting, np.inf) for waiting in standing.buffers]
-
-    @property
-    def _anyone_due(self) -> bool:
-        """Whether any running request can have due times."""
-        return self.deadlines.max_slowdown is not None or self.seats.having["paced"] > 0
 
     def _plan(self, choice: Choice, standing: Standing, number: int, now: float) -> Pass:
         segment, seats = choice.segment, self.seats
         checking = self.policy.checks_exits(segment)
         spans, counts = self.selection.pick(choice, standing, now)
-        assert len(spans)
+        assert len(spans), f"policy {self.config.policy!r} chose segment {segment}, where nothing waits"
         starts = seats.reached[segment + 1][spans]
         stops = starts + counts
         last = self.segments - 1 if choice.through and self._goes_through(spans, starts, stops) else segment
         placed = self.placement.place_each(segment, last, spans, starts, stops)
         asked = self.decisions.ask(last, spans, placed[-1], checking=checking)
         self.unchecked += asked.unasked if last == segment else self.decisions.could_exit(asked)
-        seats.idle[spans] = False
+        seats.hold(spans)
         live, fills = len(spans), 0
         if seats.catching_up:
             decoding = seats.decodes[spans]
             live = int(np.count_nonzero(decoding))
             fills = int(counts[decoding].sum()) - live
         earning = last == segment and self.policy.checking
-        self._outstanding[number] = Work(spans, live, len(spans) - live, fills, last, placed[-1], asked, earning)
+        self.results.expect(number, Work(spans, live, len(spans) - live, fills, last, placed[-1], asked, earning))
         then = None
         for each in range(last, segment - 1, -1):
             rows = placed[each - segment]
@@ -205,157 +252,23 @@ class Scheduler:
 
     def commit(self, done: Pass, result: PassResult, now: float) -> None:
         """Take in a result: frontiers move, and who is done leaves. The next pass may be planned before `record`."""
-        work, seats = self._outstanding[done.number], self.seats
-        seats.idle[work.spans] = True
-        if result.verdicts is None:
-            self._fail(work, seats.requests[work.spans].tolist(), f"{type(result.error).__name__}: {result.error}")
-        elif np.count_nonzero(result.verdicts.finite) == len(result.verdicts):
-            self._advance(done, work, result.verdicts, now)
-        else:
-            self._advance_finite(done, work, result.verdicts, now)
-        if aborted := self.admission.finish_aborted():
-            work.touched += [each for each in aborted if each not in work.touched]
-
-    def _fail(self, work: Work, requests: list[Request], error: str) -> None:
-        """End requests of a committed pass with an error, but for those that it ended or that were to be aborted."""
-        for request in requests:
-            if request.finish_reason is None:
-                reason = request.abort_asked or FinishReason.ERROR
-                self.finish(request.request_id, reason, error if reason is FinishReason.ERROR else None)
-        work.touched += [each for each in requests if each not in work.touched]
-
-    def _advance_finite(self, done: Pass, work: Work, verdicts: Verdicts, now: float) -> None:
-        """As `_advance`, of a pass some of whose logits are NaN or infinite: these requests end with an error."""
-        broken = dict.fromkeys(self.seats.requests[work.asked.seats[~verdicts.finite]].tolist())
-        work.asked = work.asked.kept(verdicts.finite)
-        self._advance(done, work, verdicts.kept(verdicts.finite), now)
-        layers = sum(self.layout.lengths[: work.last + 1])
-        self._fail(
-            work,
-            list(broken),
-            f"the logits after layer {layers} are NaN or infinite: the weights are broken, or the dtype can't hold "
-            "what the model computes (float16 often can't: try bfloat16 or float32)",
-        )
+        self.results.commit(done, result, self.passes, now)
 
     def record(self, done: Pass) -> list[Request]:
         """Write what a committed pass decided into the requests. Returns those that got a token or ended."""
-        work = self._outstanding[done.number]
-        self._write(work)
-        return work.touched
+        return self.results.record(done)
 
     def forget(self, done: Pass) -> list[Request]:
         """As `record`, of a committed pass that nothing is to be learnt from: `took` is not called."""
-        touched = self.record(done)
-        del self._outstanding[done.number]
-        return touched
-
-    def _write(self, work: Work) -> None:
-        """Write it, unless that is done."""
-        if work.unwritten is not None:
-            self.decisions.record(work.unwritten)
-            work.unwritten = None
-
-    def _advance(self, done: Pass, work: Work, verdicts: Verdicts, now: float) -> None:
-        """Rows have passed a segment: they are decided, or wait for the next one."""
-        seats, segment, asked = self.seats, work.last, work.asked
-        settled = seats.settled[asked.arrived]
-        for each in range(done.segment, segment + 1):
-            seats.reached[each + 1][work.spans] = done.stops
-        self.placement.passed(segment, work.placed)
-        decided, written = self.decisions.take_in(segment, asked, verdicts, self._exits(segment, asked, verdicts))
-        self.placement.skip_ahead(work.spans)
-        seats.since[asked.arrived] = self.passes
-        if work.prompts:
-            seats.caught_up(work.spans)
-        if segment + 1 < self.segments and self._anyone_due:
-            undecided = asked.arrived[seats.settled[asked.arrived] == settled]
-            if np.isfinite(seats.due[undecided]).any():
-                self._late_already(undecided, segment + 1, now)
-        work.unwritten = decided
-        self._emit(decided, written, work, now)
-
-    def _exits(self, segment: int, asked: Asked, verdicts: Verdicts) -> BoolArray:
-        """Which evaluated rows exit: of the live rows those that the policy lets, of the scored ones all that can."""
-        live = slice(asked.live)
-        if segment == self.segments - 1 or not asked.live:
-            return verdicts.exited
-        said = Checks(verdicts.confidences[live], asked.evaluations.thresholds[live], verdicts.exited[live])
-        allowed = self.policy.exits(segment, said)
-        self.policy.observe(segment, asked.live, int(np.count_nonzero(allowed)))
-        all_live = asked.live == len(verdicts)
-        return allowed if all_live else np.concatenate((allowed, verdicts.exited[asked.live :]))
-
-    def _late_already(self, spans: IntArray, segment: int, now: float) -> None:
-        """Live rows have come to a buffer: count those whose tokens can't be in time any more."""
-        standing = Standing.of(self.seats)
-        live, fills = [len(b) for b in standing.buffers], [standing.fills(s) for s in range(self.segments)]
-        ahead = self.policy.rule.seconds_ahead(segment, live, fills)
-        self.deadlines.buffered(self.seats.due[spans], now, ahead)
-
-    def _emit(self, decided: Decided, written: list[tuple[Request, int]], work: Work, now: float) -> None:
-        """Requests got tokens: they set when the next is due, and may be the last."""
-        seats, live = self.seats, decided.live
-        rows, first, anyone_due = [], 0, self._anyone_due
-        if live:
-            of, tokens = decided.seats[:live], decided.tokens[:live]
-            counts = decided.positions[:live] + 2 - seats.prompt[of]
-            # Most have no target, and go on.
-            notable = counts >= seats.most[of]
-            if work.prompts:
-                firsts = counts == 1
-                first = int(np.count_nonzero(firsts))
-                notable |= firsts
-            if anyone_due:
-                notable |= self.deadlines.bounds(seats.paced[of])
-            might_end = list(map(contains, seats.ends[of].tolist(), tokens))
-            if True in might_end:
-                notable |= might_end
-            rows = notable.nonzero()[0].tolist()
-        full_step = self.policy.rule.full_step(seats.decoding) if rows or written else 0.0
-        for row in rows:
-            self._emitted(decided.requests[row], tokens[row], int(counts[row]), now, full_step)
-        for request, _ in written:
-            token, number = request.tokens[-1], len(request.records)
-            most = request.params.max_tokens
-            if anyone_due or request.abort_asked is not None or number >= most or request.ends(token, number):
-                self._emitted(request, token, number, now, full_step)
-        work.touched = [*decided.requests[:live], *(request for request, _ in written)]
-        # The first token of a request comes from its prompt; what stands on others never is the first.
-        work.decided = live - first + sum(count for _, count in written)
-
-    def _emitted(self, request: Request, token: int, number: int, now: float, full_step: float) -> None:
-        """A request's token came, output `number`, perhaps after others."""
-        self.deadlines.emitted(request, number, now, full_step)
-        self.seats.due[request.seat] = request.due
-        reason = request.abort_asked or request.ending(token, number)
-        if reason is not None:
-            self.finish(request.request_id, reason)
+        return self.results.forget(done)
 
     def took(self, done: Pass, seconds: float) -> None:
         """Learn how long a committed pass took, the engine's own time included."""
-        load, work, rule = Load.of(done.last), self._outstanding.pop(done.number), self.policy.rule
-        if done.then is None:
-            self.cost.observe(done.segment, load, seconds)
-        else:
-            self.cost.observe_through(load, seconds)
-        if not work.prompts:
-            rule.observe(work.decided, seconds, checked=work.checking)
-            if done.segment == 0:
-                lengths = load.entries if done.then is None else total(done.context.lengths)
-                self._context = lengths / done.spans
-        elif work.live:
-            # Prompts came along: the decode rows' share is what they would have taken alone.
-            alone = (
-                float(rule.seconds(done.segment, work.live, work.fills))
-                if done.then is None
-                else rule.full_step(work.live)
-            )
-            rule.observe(work.decided, alone, checked=work.checking)
-        rule.prepare(self.passes, self._context)
+        self.results.took(done, seconds, self.passes)
 
     def work(self, done: Pass) -> Work:
         """What a pass that `took` was not yet told of did."""
-        return self._outstanding[done.number]
+        return self.results.work(done)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless slots and arena rows agree with the requests that run."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from drex.control.deadlines import pace
 from drex.control.plan import BoolArray, FloatArray, IntArray
-from drex.request import Request
+from drex.control.request import Request
 
 RARE = ("drafting", "lossless", "decaying", "scored", "patient", "fewest", "paced")
 """Columns that few requests have anything in: whole passes go without a look at them."""
@@ -88,7 +88,10 @@ class Seats:
         self.most: IntArray = np.zeros(seats, dtype=np.int64)
         self.ends: npt.NDArray[np.object_] = np.full(seats, frozenset())
         self.draws: npt.NDArray[np.object_] = np.full(seats, None)
-        # Left empty, so that only what is used ever takes memory.
+        # What an empty seat holds: each column of one entry a request as it is made.
+        columns = [column for column in vars(self).values() if isinstance(column, np.ndarray)]
+        self._vacant = [(column, column[..., 0].copy() if column.ndim > 1 else column[0]) for column in columns]
+        # Left empty, so that only what is used ever takes memory; `sit` sets what is read of these.
         self.token: IntArray = np.empty((seats, room), dtype=np.int64)
         self.depth: IntArray = np.empty((seats, room), dtype=np.int64)
         self.confidence: FloatArray = np.empty((segments - 1, seats, room))
@@ -124,11 +127,9 @@ class Seats:
         self.requests[seat] = request
         self.idle[seat] = True
         self.catching_up += 1
-        self.reached[:, seat] = 0
         self.reached[0, seat] = len(request.tokens)
         self.prompt[seat], self.settled[seat] = len(request.prompt), len(request.tokens)
         self.drafting[seat], self.lossless[seat] = request.run_ahead != "off", request.run_ahead == "lossless"
-        self.ended[seat], self.chance[seat] = False, 1.0
         self.due[seat], self.pace[seat] = request.due, pace(request.params)
         self.paced[seat] = self.pace[seat] < np.inf
         self.decaying[seat] = request.rule.schedule != "constant"
@@ -142,7 +143,7 @@ class Seats:
         self.depth[seat, len(request.depths) : end] = self.segments
         self.confidence[:, seat, :end] = np.nan
         rules = (request.rule, request.score_rule)
-        self.patient[seat] = any(rule is not None and rule.criterion == "patience" for rule in rules)
+        self.patient[seat] = any(rule is not None and rule.counts_agreement for rule in rules)
         if self.patient[seat]:
             self.agreeing[1, seat, :end] = 0
         if self.scored[seat]:
@@ -158,16 +159,100 @@ class Seats:
         assert seat is not None
         assert self.idle[seat]
         self._count(seat, -1)
-        self.requests[seat] = self.draws[seat] = request.seat = None
         self.catching_up -= not bool(self.decodes[seat])
-        self.idle[seat] = self.decodes[seat] = False
-        self.reached[:, seat] = self.prompt[seat] = self.settled[seat] = 0
-        self.drafting[seat] = self.lossless[seat] = False
-        self.due[seat] = self.pace[seat] = np.inf
-        self.paced[seat] = False
-        self.decaying[seat] = self.scored[seat] = self.patient[seat] = False
-        self.fewest[seat] = 0
+        for column, vacant in self._vacant:
+            column[..., seat] = vacant
+        request.seat = None
         heapq.heappush(self._empty, seat)
+
+    # What passes do to them. Nobody else writes to the columns.
+
+    def hold(self, seats: IntArray) -> None:
+        """A pass takes spans of requests: none of them is in another one."""
+        assert self.idle[seats].all()
+        self.idle[seats] = False
+
+    def release(self, seats: IntArray) -> None:
+        """The pass that held them is committed."""
+        self.idle[seats] = True
+
+    def advance(self, seats: IntArray, first: int, last: int, stops: IntArray) -> None:
+        """Rows up to positions have passed the segments from `first` to `last`. Shapes: (spans,)."""
+        for segment in range(first, last + 1):
+            self.reached[segment + 1][seats] = stops
+
+    def skip(self, segment: int, seats: IntArray) -> None:
+        """The next pending position of requests takes no row at a segment."""
+        self.reached[segment + 1, seats] += 1
+
+    def arrive(self, seats: IntArray, pass_number: int) -> None:
+        """Live rows have come to where they wait now."""
+        self.since[seats] = pass_number
+
+    def claim(self, seats: IntArray, stops: IntArray) -> None:
+        """The slots of positions before `stops` are claimed. Shapes: (spans,)."""
+        self.claimed_length[seats] = np.maximum(self.claimed_length[seats], stops)
+
+    def next_is_due(self, request: Request) -> None:
+        """The request's next token has a due time."""
+        self.due[request.seat] = request.due
+
+    def judge(self, segment: int, places: IntArray, confidences: FloatArray) -> None:
+        """An exit said of positions how sure it is. Shapes: (rows,)."""
+        self.confidence[segment].put(places, confidences)
+
+    def agree(self, seats: IntArray, positions: IntArray, agreeing: IntArray) -> None:
+        """Exits agree on positions: (token, run length). Shape (2, rows)."""
+        self.agreeing[:, seats, positions] = agreeing
+
+    def decide(self, places: IntArray, depth: int) -> None:
+        """The tokens after positions are decided, `depth` segments having been executed. Shape (rows,)."""
+        self.depth.put(places, depth)
+
+    def measure(self, places: IntArray) -> None:
+        """Prompt rows of scored requests are measured. Shape (rows,)."""
+        self.measured.put(places, True)
+
+    def settle(self, seats: IntArray, known: IntArray) -> None:
+        """Requests have `known` tokens that are certain, and none that is tentative. Shapes: (requests,)."""
+        self.reached[0][seats] = self.settled[seats] = known
+
+    def write(self, places: IntArray, tokens: IntArray) -> None:
+        """Tokens stand at positions. Shapes: (rows,)."""
+        self.token.put(places, tokens)
+
+    def settle_drafts(self, request: Request, count: int) -> None:
+        """The first `count` tentative tokens of a request are certain."""
+        seat = request.seat
+        self.settled[seat] += count
+        assert self.settled[seat] <= self.reached[0, seat]
+
+    def draft(self, request: Request, token: int) -> None:
+        """A request has one more tentative token."""
+        seat = request.seat
+        known = int(self.reached[0, seat])
+        self.token[seat, known] = token
+        self.reached[0, seat] = known + 1
+
+    def end(self, request: Request) -> None:
+        """The last token of a request, a tentative one, ends its text, if it is right."""
+        self.ended[request.seat] = True
+
+    def weigh(self, request: Request, chance: float) -> None:
+        """How likely what the request's next row stands on is right."""
+        assert 0.0 <= chance <= 1.0
+        self.chance[request.seat] = chance
+
+    def take_back(self, seat: int, keep: int) -> None:
+        """A request has no tokens and no K/V beyond its first `keep` positions, all of which are certain to stay."""
+        end = int(self.claimed_length[seat])
+        self.reached[:, seat] = np.minimum(self.reached[:, seat], keep)
+        assert self.settled[seat] <= self.reached[0, seat]
+        self.depth[seat, keep:end] = self.segments
+        self.confidence[:, seat, keep:end] = np.nan
+        self.agreeing[1, seat, keep:end] = 0
+        self.claimed_length[seat] = min(end, keep)
+        self.ended[seat] = False
 
     def _count(self, seat: int, change: int) -> None:
         for name in self.having:
@@ -195,6 +280,12 @@ class Seats:
         decode = (self.settled > self.prompt) & (self.reached[1] >= self.settled - 1)
         assert np.array_equal(self.decodes, decode)
         assert self.catching_up == len(self) - np.count_nonzero(decode)
+        assert (self.reached[:-1] >= self.reached[1:]).all(), f"frontiers {self.reached}"
+        assert (self.settled <= self.reached[0]).all()
+        for column, vacant in self._vacant:
+            left = column[..., self._empty].T
+            same = (left == vacant) | ((left != left) & (vacant != vacant))  # NaN is not itself
+            assert np.all(same), "an empty seat holds something"
 
     def look_ahead(self, request: Request) -> None:
         """Set the thresholds of the row after the last settled token. A first token never exits early."""

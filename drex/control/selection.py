@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from drex.config import EngineConfig
-from drex.control.cost import CostModel, Load
-from drex.control.deadlines import CHUNK_FLOOR
-from drex.control.placement import Placement
+from drex.control.constants import LEAST_PROMPT_ROWS
+from drex.control.cost.model import CostModel, Load
+from drex.control.memory.placement import Placement
 from drex.control.plan import IntArray, total
-from drex.control.policies import Choice
+from drex.control.policy.base import Choice
 from drex.control.seats import Seats
 from drex.control.standing import Standing
 
@@ -97,11 +97,11 @@ class Selection:
         slack = float(self.seats.due.min()) - now
         if slack == np.inf:
             return most
-        while most > CHUNK_FLOOR:
+        while most > LEAST_PROMPT_ROWS:
             load = [Load(decode_rows + most, decode_rows + 1, 0, decode_rows + 1)] * self.placement.segments
             if sum(self.cost.predict(segment, each) for segment, each in enumerate(load)) <= slack:
                 break
-            most = max(CHUNK_FLOOR, most // 2)
+            most = max(LEAST_PROMPT_ROWS, most // 2)
         return most
 
     def _deep(self, choice: Choice, standing: Standing) -> Picked:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from drex.control.decisions import Asked
-from drex.control.placement import Placed
+from drex.control.memory.placement import Placed
 from drex.control.plan import IntArray
 from drex.control.records import Decided
-from drex.request import Request
+from drex.control.request import Request
 
 
 @dataclass(slots=True)

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from drex.control.request import Request
 from drex.engine.engine import Engine
 from drex.engine.heap import settled_heap
 from drex.engine.samples import Emitted, ended_with_error
 from drex.engine.streams import EngineStoppedError, Event, Observer, Stream, Timing
-from drex.request import Request
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -90,7 +90,7 @@ class AsyncEngine:
         self._thread.join()
 
     def submit(self, requests: Sequence[Request]) -> Stream:
-        """Serve requests that passed `Intake`, as one group.
+        """Serve requests that passed `InputProcessor`, as one group.
 
         Raises:
             EngineStoppedError: it serves no more.
@@ -262,7 +262,7 @@ class AsyncEngine:
 
     def _note_started(self, began: float) -> None:
         if self._unstarted:
-            for request in self._engine.scheduler.admission.running:
+            for request in self._engine.scheduler.running():
                 timing = self._unstarted.pop(request.request_id, None)
                 if timing is not None:
                     timing.started = began

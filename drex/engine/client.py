@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
+from drex.control.request import Request
 from drex.engine.engine import Engine
 from drex.engine.heap import settled_heap
 from drex.engine.samples import Emitted, ended_with_error
-from drex.request import Request
 
 T = TypeVar("T")
 INTERRUPTED = "an interruption in the middle of another call's bookkeeping ended this request: send it again"

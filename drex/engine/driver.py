@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from drex.control.request import Request
 from drex.engine.engine import Engine
 from drex.engine.heap import settled_heap
 from drex.engine.samples import Emitted
-from drex.request import Request
 
 
 def serve(

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from drex.control.cost import Load
+from drex.control.cost.model import Load
 from drex.control.plan import Pass, PassResult
-from drex.control.policies import View
+from drex.control.policy.base import View
+from drex.control.request import Request, TokenRecord
 from drex.control.scheduler import Scheduler
 from drex.engine.executor import Executor
 from drex.engine.metrics import Metrics, PassRecord
 from drex.engine.report import engine_report
 from drex.engine.samples import Emitted, Sample, token_output
-from drex.outputs import TokenOutput
-from drex.request import FinishReason, Request, TokenRecord
+from drex.outputs import FinishReason, TokenOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +82,7 @@ class Engine:
 
     def check_fits(self, request: Request) -> None:
         """Raise ValueError, naming the remedy, for a request that could never be served."""
-        self.scheduler.admission.check_fits(request)
+        self.scheduler.check_fits(request)
 
     def add(self, request: Request, arrived: float | None = None) -> None:
         """Take in a request, which came at a time of the executor's (None: now).
@@ -201,7 +201,7 @@ class Engine:
         if batch is None:
             return None
         view = self.scheduler.view
-        gain = None if self.history is None or view is None else self._gain(view)
+        gain = None if self.history is None or view is None else self.scheduler.gain(view)
         under_way = _UnderWay(batch, view, gain, started, self.executor.now())
         try:
             self.executor.submit(batch)
@@ -210,11 +210,6 @@ class Engine:
             self.torn = False
             raise
         return under_way
-
-    def _gain(self, view: View) -> float | None:
-        """As of `PassRecord`."""
-        found = self.scheduler.policy.rule.outlook.yardstick
-        return None if found is None or view.prompts else found.gain(view.ready, view.live[1:])
 
     def _lose(self, batch: Pass, error: BaseException) -> None:
         """An interruption: the pass is lost, and so are its requests."""
@@ -248,7 +243,7 @@ class Engine:
         for the present load or the nearest one that was solved, None until then. With lossless requests `full` is that
         of the present load, and the others are not kept up to date: nothing is decided by them.
         """
-        return engine_report(self.scheduler, self.metrics, self._layers)
+        return engine_report(self.scheduler.report(), self.metrics, self._layers)
 
     def _record(self, done: _UnderWay, seconds: float) -> PassRecord:
         batch, view, work = done.batch, done.view, self.scheduler.work(done.batch)

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from drex.control.cost import Load
-from drex.request import FinishReason, Request
+from drex.control.cost.model import Load
+from drex.control.request import Request
+from drex.outputs import FinishReason
 
 PERCENTILES = (50, 95, 99)
 

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from drex.control.request import Request, TokenRecord
 from drex.engine.detokenizer import Detokenizer
-from drex.outputs import Chunk, CompletionOutput, TokenOutput
-from drex.request import FinishReason, Request, TokenRecord
+from drex.outputs import Chunk, CompletionOutput, FinishReason, TokenOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ class Sample:
             text = self._detokenizer.show(reason is not None)
         except Exception as error:  # a tokenizer is a program of the model's author: it may raise anything
             log.exception("no text can be made of request %s", request.request_id)
-            request.error = f"no text can be made of its tokens: {type(error).__name__}: {error}"
+            request.fail(f"no text can be made of its tokens: {type(error).__name__}: {error}")
             fresh, reason, text = [], FinishReason.ERROR, ""
         self.tokens.extend(fresh)
         return Chunk(request.sample, text, tuple(fresh), reason, request.error)
@@ -85,8 +85,7 @@ class Sample:
             fresh.append(token_output(record, text, self._layers))
             if self._detokenizer.stopped_at is not None:
                 # Under run-ahead several tokens come at once: what comes behind a stop string doesn't count.
-                request.cut(number)
-                request.stop_reason = self._detokenizer.stopped_at
+                request.cut(number, self._detokenizer.stopped_at)
                 break
         return fresh
 
@@ -113,7 +112,7 @@ def ended_with_error(request: Request, error: str, text: str = "", tokens: Seque
         text: what it had got before.
         tokens: likewise.
     """
-    request.finish_reason, request.error = FinishReason.ERROR, error
+    request.end(FinishReason.ERROR, error)
     chunk = Chunk(request.sample, "", (), FinishReason.ERROR, error)
     return request.request_id, chunk, _whole(request, FinishReason.ERROR, text, tokens)
 

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from drex.control.request import Request
 from drex.engine.metrics import PassRecord
 from drex.outputs import Chunk, CompletionOutput
-from drex.request import Request
 
 
 class EngineStoppedError(RuntimeError):

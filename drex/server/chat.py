@@ -7,10 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from drex.control.request import Request as EngineRequest
 from drex.engine.streams import Event
-from drex.intake import ContextLengthError
+from drex.inputs.processor import ContextLengthError
 from drex.outputs import TokenOutput
-from drex.request import Request as EngineRequest
 from drex.server.answer import Answer, finish_reason
 from drex.server.bodies import body_route
 from drex.server.errors import ApiError, documented
@@ -39,7 +39,7 @@ def routes(serving: Serving) -> APIRouter:
             messages = conversation(body.messages, serving)
             if serving.settings.log_prompts:
                 request.state.log["messages"] = messages
-            return serving.llm.intake.requests(chat_prompt(messages, body, serving), params)
+            return serving.llm.inputs.requests(chat_prompt(messages, body, serving), params)
 
         stream = await serving.submit(params.n, make, list(ChatRequest.model_fields))
         return await ChatAnswer(serving, body, stream, name, request).respond()
@@ -76,7 +76,7 @@ def conversation(messages: Sequence[ChatMessage], serving: Serving) -> list[dict
 
 def chat_prompt(messages: Sequence[dict[str, Any]], body: Templating, serving: Serving) -> list[int]:
     """Token ids of a conversation, under the chat template as a body asks for it; raises ValueError."""
-    return serving.llm.intake.chat_prompt(
+    return serving.llm.inputs.chat_prompt(
         messages,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from fastapi import APIRouter, Request, Response
 
+from drex.control.request import Request as EngineRequest
 from drex.engine.streams import Event, Stream
+from drex.inputs.prompts import Prompt
 from drex.outputs import TokenOutput
-from drex.prompts import Prompt
-from drex.request import Request as EngineRequest
 from drex.server.answer import Answer, finish_reason
 from drex.server.bodies import body_route
 from drex.server.errors import ApiError, documented
@@ -38,7 +38,7 @@ def routes(serving: Serving) -> APIRouter:
         def make() -> list[EngineRequest]:
             _check_prompts(prompts, serving)
             exits = scores_exits(body)
-            return [one for prompt in prompts for one in serving.llm.intake.requests(prompt, params, score_exits=exits)]
+            return [one for prompt in prompts for one in serving.llm.inputs.requests(prompt, params, score_exits=exits)]
 
         if serving.settings.log_prompts:
             request.state.log["prompt"] = prompts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -13,7 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from drex.engine.streams import EngineStoppedError
-from drex.intake import ContextLengthError
+from drex.errors import SettingError
+from drex.inputs.processor import ContextLengthError
 from drex.server.explain import explain
 from drex.server.replies import ErrorReply
 from drex.server.schema import BODIES, EarlyExitOptions
@@ -27,7 +27,6 @@ TYPES = {
     504: "timeout_error",
 }
 """Of errors; below 500 others are the request's, from 500 on the server's."""
-FIELD = re.compile(r"^(?:the )?([a-z][a-z_]*)")
 LONGEST_MESSAGE = 500
 TOO_LONG = "context_length_exceeded"
 """OpenAI's code by which clients know that they have to shorten the prompt."""
@@ -57,11 +56,15 @@ class ApiError(Exception):
 
     @classmethod
     def of(cls, error: ValueError, fields: Sequence[str]) -> ApiError:
-        """What the library refused: its messages begin with the field, or `early_exit`'s, if they are about one."""
+        """What the library refused.
+
+        Args:
+            error: it names the field at fault if it is a SettingError.
+            fields: of the body.
+        """
         if isinstance(error, ContextLengthError):
             return cls(400, str(error), "prompt" if "prompt" in fields else "messages", code=TOO_LONG)
-        found = FIELD.match(str(error))
-        name = found[1] if found else None
+        name = error.field if isinstance(error, SettingError) else None
         if name in EarlyExitOptions.model_fields and "early_exit" in fields:
             return cls(400, f"early_exit.{error}", "early_exit")
         return cls(400, str(error), name if name in fields else None)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from drex.config import EarlyExit
-from drex.generation_config import GenerationDefaults
-from drex.request import SamplingParams
+from drex.inputs.generation_config import GenerationDefaults
+from drex.sampling_params import SamplingParams
 from drex.server.errors import ApiError
 from drex.server.schema import NO_LIMIT, EarlyExitOptions, Generation
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
 from pydantic_core import PydanticCustomError
 
-from drex.checkpoint import CRITERIA
 from drex.config import SCHEDULES
-from drex.request import MAX_LOGPROBS
+from drex.extensions import CRITERIA
+from drex.sampling_params import MAX_LOGPROBS
 
 INT64 = 2**63
 MAX_STOPS, MAX_STOP_LENGTH, MAX_BIASES, MAX_SAMPLES = 32, 1000, 300, 128
@@ -63,7 +63,8 @@ class EarlyExitOptions(Strict):
     thresholds: float | Annotated[list[float], Field(fail_fast=True)] | None = Field(
         None, description="one number, or one for each of its exits"
     )
-    criterion: Literal[CRITERIA] | None = None  # type: ignore[valid-type]
+    criterion: Literal[CRITERIA.names()] | None = None  # type: ignore[valid-type]
+    criterion_parameters: dict[str, Any] | None = Field(None, description="of the criterion, by name")
     schedule: Literal[SCHEDULES] | None = None  # type: ignore[valid-type]
     patience: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     min_layer: Count = Field(0, description="no exit before so many layers")

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from drex.control.request import Request
 from drex.engine.async_engine import AsyncEngine
 from drex.engine.streams import Stream
-from drex.intake import ContextLengthError, check_unicode
+from drex.inputs.processor import ContextLengthError, check_unicode
 from drex.llm import LLM
-from drex.request import Request
 from drex.server.errors import ApiError
 from drex.server.logprobs import TokenTexts
 from drex.server.settings import ServerSettings

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from fastapi import APIRouter, Response
 
+from drex.errors import SettingError
 from drex.server.bodies import body_route
 from drex.server.chat import chat_prompt, conversation
 from drex.server.errors import ApiError, documented
@@ -45,7 +46,7 @@ def routes(serving: Serving) -> APIRouter:
         def work() -> str:
             outside = next((token for token in body.tokens if token > last), None)
             if outside is not None:
-                raise ValueError(f"tokens has id {outside}: the vocabulary has ids 0..{last}")
+                raise SettingError("tokens", f"tokens has id {outside}: the vocabulary has ids 0..{last}")
             return str(tokenizer.decode(body.tokens))
 
         found: Text = {"prompt": await serving.prepare(work, ("tokens",))}

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from drex.control.cost import CostModel, Load
+from drex.control.cost.model import CostModel, Load
 from drex.control.hashing import mix, uniform
 from drex.control.plan import BoolArray, Evaluations, FloatArray, Pass, PassResult, Verdicts
+from drex.control.policy.outlook import Pending, Solving
+from drex.control.policy.yardstick import Yardstick
 from drex.engine.executor import Executor
 
 RIGHT = 1
@@ -189,3 +191,53 @@ class Replay:
 
     def abandon(self) -> None:
         """Nothing runs."""
+
+
+class RecordedSolving:
+    """Passes yardsticks on to where they are solved, and notes at which passes they were there.
+
+    Args:
+        inner: where they are solved.
+    """
+
+    def __init__(self, inner: Solving) -> None:
+        self.inner = inner
+        self.passes: list[int] = []
+
+    def submit(self, solve: Callable[[], Yardstick]) -> Pending:
+        return _Noted(self.inner.submit(solve), self.passes)
+
+
+class _Noted(NamedTuple):
+    inner: Pending
+    passes: list[int]
+
+    def at(self, pass_number: int) -> Yardstick | None:
+        found = self.inner.at(pass_number)
+        if found is not None:
+            self.passes.append(pass_number)
+        return found
+
+
+class ReplayedSolving:
+    """Solves again what `RecordedSolving` noted, each yardstick to be used at the same pass.
+
+    Args:
+        recorded: of the run to replay.
+    """
+
+    def __init__(self, recorded: RecordedSolving) -> None:
+        self._passes = deque(recorded.passes)
+
+    def submit(self, solve: Callable[[], Yardstick]) -> Pending:
+        return _From(self._passes.popleft() if self._passes else None, solve())
+
+
+class _From(NamedTuple):
+    """A yardstick that is there from a pass on; None: never."""
+
+    pass_number: int | None
+    yardstick: Yardstick
+
+    def at(self, pass_number: int) -> Yardstick | None:
+        return self.yardstick if self.pass_number is not None and pass_number >= self.pass_number else None

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from drex.control.profile import Profile
-from drex.control.roofline import DecoderSizes, Rates, roofline
+from drex.control.cost.profile import Profile
+from drex.control.cost.roofline import DecoderSizes, Rates, roofline
 from drex.sim.shapes import Shape
 
 BYTES = 2

@@ -7,8 +7,8 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from drex.checkpoint import EARLY_EXIT_FILE, EarlyExitFile, read_early_exit
 from drex.config import ExitPlan
+from drex.config.early_exit_json import EARLY_EXIT_FILE, EarlyExitFile, read_early_exit
 
 PACKAGES = ("site-packages", "dist-packages")
 

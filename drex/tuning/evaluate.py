@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from drex.checkpoint import Thresholds, write_early_exit
 from drex.config import EarlyExit, ExitPlan, per_exit
+from drex.config.early_exit_json import Thresholds, write_early_exit
 from drex.llm import LLM
 from drex.outputs import Scored
 from drex.progress import Progress

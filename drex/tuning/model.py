@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from drex.checkpoint import EXIT_WEIGHTS_FILE, EarlyExitFile, ExitSpec, write_early_exit
 from drex.compute.heads import ExitHead
+from drex.config.early_exit_json import EXIT_WEIGHTS_FILE, EarlyExitFile, ExitSpec, write_early_exit
 from drex.tuning.recipe import TrainConfig
 
 UNCALIBRATED_THRESHOLD = 0.9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from drex.checkpoint import HEAD_KINDS
+from drex.config.early_exit_json import HEAD_KINDS
 from drex.tuning.losses import exit_loss_weights
 
 SIZES = (

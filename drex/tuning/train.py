@@ -15,7 +15,7 @@ from typing import TextIO
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from drex.tokenizer import load_tokenizer
+from drex.inputs.tokenizer import load_tokenizer
 from drex.tuning.corpus import Blocks, Document, split_held_out, tokenize, train_tokenizer
 from drex.tuning.model import EarlyExitModel, write_checkpoint
 from drex.tuning.plot import plot_losses

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from drex.config import EngineConfig, ExitRule
-from drex.control.cost import CostModel, Load
+from drex.control.cost.model import CostModel, Load
+from drex.control.cost.profile import Curve, Profile, SegmentCost, nominal
+from drex.control.memory.slots import SlotLayout
 from drex.control.plan import Evaluations, Pass, PassResult, Verdicts
-from drex.control.profile import Curve, Profile, SegmentCost, nominal
+from drex.control.request import Request
 from drex.control.scheduler import Scheduler
-from drex.control.slots import SlotLayout
 from drex.control.standing import Standing
-from drex.request import Request, SamplingParams
+from drex.sampling_params import SamplingParams
 
 EOS = 3
 COUNTS = tuple(float(2**k) for k in range(13))

@@ -1,8 +1,8 @@
 """Average-reward semi-Markov decision processes, small and slow: what the yardstick is checked against.
 
-Written from the definition, with nothing of drex.control.yardstick. With N decoding requests the state is how many of
-them wait at each exit point, all others being ready; running a segment takes what its rows take, decides as many tokens
-as rows exit (at the last segment: all), and the others wait at the next exit point.
+Written from the definition, with nothing of drex.control.policy.yardstick. With N decoding requests the state is how
+many of them wait at each exit point, all others being ready; running a segment takes what its rows take, decides as
+many tokens as rows exit (at the last segment: all), and the others wait at the next exit point.
 """
 
 from __future__ import annotations

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drex.config import EngineConfig
-from drex.control.cost import CostModel, Load
-from drex.control.profile import Curve, OwnCost, Profile, SegmentCost, load_profile, mean_cost, nominal
-from drex.control.slots import SlotLayout
+from drex.control.cost.model import CostModel, Load
+from drex.control.cost.profile import Curve, OwnCost, Profile, SegmentCost, mean_cost, nominal
+from drex.control.memory.slots import SlotLayout
+from drex.profiling.profile_file import load_profile
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

@@ -12,13 +12,15 @@ import pytest
 from helpers import SHAPES, Machine, make_scheduler, names, profile, request
 
 from drex.config import EngineConfig
-from drex.control.cost import CostModel
-from drex.control.deadlines import CHUNK_FLOOR, Deadlines, pace
+from drex.control.constants import LEAST_PROMPT_ROWS
+from drex.control.cost.model import CostModel
+from drex.control.cost.profile import Curve, Profile, SegmentCost
+from drex.control.deadlines import Deadlines, pace
+from drex.control.memory.slots import SlotLayout
 from drex.control.plan import Evaluations
-from drex.control.profile import Curve, Profile, SegmentCost
+from drex.control.request import Request
 from drex.control.scheduler import Scheduler
-from drex.control.slots import SlotLayout
-from drex.request import Request, SamplingParams
+from drex.sampling_params import SamplingParams
 
 EPSILON = 1e-9
 
@@ -51,8 +53,8 @@ def serve(
     machine: type[Machine] = Machine,
     **changes: Any,
 ) -> Served:
-    settings = {"max_num_seqs": len(requests), "max_wait_passes": 64} | changes
-    config = EngineConfig(1024, kv_cache_tokens=8000, **settings)
+    sizes = {"max_num_seqs": len(requests), "max_num_batched_tokens": 512, "kv_cache_tokens": 8000}
+    config = EngineConfig(1024, **(sizes | {"max_wait_passes": 64} | changes))
     scheduler = make_scheduler(config, SlotLayout(lengths or (2,) * len(made.segments)), fill, made)
     for each in requests:
         scheduler.add(each, 0.0)
@@ -327,7 +329,7 @@ def test_prompts_are_cut_short_while_a_token_is_nearly_due_but_not_below_a_floor
     found, _ = chunks(most, 60.0)
     beside, last = found[:-1], found[-1]
     assert min(beside) < min(most, 64)
-    assert min(beside) >= min(CHUNK_FLOOR, most - 1)
+    assert min(beside) >= min(LEAST_PROMPT_ROWS, most - 1)
     assert last > 0
 
 
@@ -356,7 +358,7 @@ def test_smaller_priorities_are_admitted_first_and_equal_ones_as_they_came() -> 
 def test_no_more_are_admitted_than_leave_targets_within_reach(fits: int) -> None:
     made = profile("linear", 1.0, 1.0)
     tpot = 0.5 * (full_step(made, fits) + full_step(made, fits + 1))
-    config = EngineConfig(1024, 16, kv_cache_tokens=8000)
+    config = EngineConfig(1024, 16, 512, 8000)
     scheduler = make_scheduler(config, SlotLayout((2, 2)), "recompute", made)
     for each in several(12, 2, outputs=30, tpot_ms=1e3 * tpot):
         scheduler.add(each, 0.0)
@@ -368,7 +370,7 @@ def test_no_more_are_admitted_than_leave_targets_within_reach(fits: int) -> None
 
 def test_targets_out_of_reach_hold_nobody_back() -> None:
     made = profile("linear", 1.0, 1.0)
-    config = EngineConfig(1024, 16, kv_cache_tokens=8000)
+    config = EngineConfig(1024, 16, 512, 8000)
     scheduler = make_scheduler(config, SlotLayout((2, 2)), "recompute", made)
     for each in several(12, 2, tpot_ms=1e3 * 0.9 * full_step(made, 1)):
         scheduler.add(each, 0.0)

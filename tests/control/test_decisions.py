@@ -12,11 +12,13 @@ import pytest
 from helpers import Machine, Speaker, asked, drawn, make_scheduler
 
 from drex.config import EngineConfig, ExitRule
+from drex.control.memory.slots import SlotLayout
 from drex.control.plan import Pass, PassResult
-from drex.control.policies import Drex
+from drex.control.policy.base import Setting
+from drex.control.policy.rebatching import Drex
+from drex.control.request import Request
 from drex.control.scheduler import Scheduler
-from drex.control.slots import SlotLayout
-from drex.request import FinishReason, Request
+from drex.outputs import FinishReason
 
 LENGTHS = (1, 3, 2)
 MODES = ["off", "trusted", "lossless", "trusted", "off"]
@@ -144,7 +146,7 @@ class Unchecked(Drex):
 def test_tokens_that_are_not_asked_anywhere_are_counted_once_each(at_once: bool) -> None:
     """First tokens, and tokens of a request whose rule allows no exit, would not be asked anyway."""
     scheduler, through = make(), set()
-    scheduler.policy = Unchecked(scheduler.config, scheduler.cost, "recompute")
+    scheduler.results.policy = Unchecked(Setting(scheduler.config, scheduler.cost, "recompute"))
     scheduler.policy.at_once = at_once
     requests = [asked(i, 2 + i, 6 + i, 3, "off", frozenset()) for i in range(4)]
     requests[1].rule = ExitRule("max_prob", (None, 0.5))
@@ -163,7 +165,7 @@ def test_nothing_of_a_row_that_was_taken_back_is_left_when_it_runs_again() -> No
 
     # Two seats, so that a request sits where another has sat.
     scheduler, unasked = make(max_num_seqs=2), {}
-    scheduler.policy = Fitful(scheduler.config, scheduler.cost, "recompute")
+    scheduler.results.policy = Fitful(Setting(scheduler.config, scheduler.cost, "recompute"))
     requests = [asked(i, 2 + i, 30, 3, "trusted", frozenset()) for i in range(4)]
     for each in requests:
         each.rule = ExitRule("patience", (0.6, 0.5))

@@ -12,19 +12,22 @@ from helpers import EOS, Machine, Speaker, asked, drain, made_up, make_scheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drex.config import EngineConfig, policy_settings
-from drex.control.acceptance import Acceptance, Compounding, isotonic
-from drex.control.cost import CostModel
-from drex.control.flush import FlushRule, Waiting
+from drex.comparison.policy_names import policy_settings
+from drex.comparison.simulate import Scenario, run
+from drex.config import EngineConfig
+from drex.control.cost.model import CostModel
+from drex.control.memory.slots import SlotLayout
 from drex.control.plan import Pass, PassResult
-from drex.control.policies import Choice, Drex, Split, View
-from drex.control.rates import ExitRates
+from drex.control.policy.base import Choice, Setting, Split, View
+from drex.control.policy.flush import FlushRule, Waiting
+from drex.control.policy.rates import ExitRates
+from drex.control.policy.rebatching import Drex
+from drex.control.request import Ahead, Request
+from drex.control.run_ahead.acceptance import Acceptance, Compounding, isotonic
 from drex.control.scheduler import Scheduler
-from drex.control.slots import SlotLayout
-from drex.request import Ahead, FinishReason, Request
+from drex.outputs import FinishReason
 from drex.sim.machines import MACHINES, machine_profile
 from drex.sim.shapes import SHAPES
-from drex.sim.simulate import Scenario, run
 from drex.sim.workload import Job
 
 
@@ -121,7 +124,7 @@ def test_whenever_exits_are_left_unchecked_tokens_are_those_of_their_depth_and_n
     tokens = max(2, max(prompt + out - 1 for prompt, out, _ in sizes) + spare)
     config = EngineConfig(64, 4, chunk, tokens, 8, max_wait_passes=12)
     scheduler = make_scheduler(config, SlotLayout(lengths), fill)
-    scheduler.policy = Fitful(config, scheduler.cost, fill)
+    scheduler.results.policy = Fitful(Setting(config, scheduler.cost, fill))
     modes = [mode if mode != "lossless" or fill == "recompute" else "trusted" for *_, mode in sizes]
     requests = [asked(i, p, o, len(lengths), modes[i]) for i, (p, o, _) in enumerate(sizes)]
     for each in requests:
@@ -203,7 +206,7 @@ class Scripted(Machine):
 
 def test_a_text_goes_on_when_the_end_that_it_ran_ahead_to_was_taken_back() -> None:
     scheduler = make_scheduler(EngineConfig(64, 2, 64, kv_cache_tokens=80), SlotLayout((1, 1, 1)), "recompute")
-    scheduler.policy = ShallowFirst(scheduler.config, scheduler.cost, "recompute")
+    scheduler.results.policy = ShallowFirst(Setting(scheduler.config, scheduler.cost, "recompute"))
     each = asked(0, 2, 6, 3, "trusted")
     scheduler.add(each, 0.0)
     # The row at 2 is not sure of 11, behind which the text ends for sure. The next exit would rather end it at once,
@@ -223,7 +226,7 @@ def test_a_text_goes_on_when_the_end_that_it_ran_ahead_to_was_taken_back() -> No
 def test_no_row_runs_behind_a_held_token_that_would_end_the_text() -> None:
     """Be it an end token, or the last that the request may have."""
     scheduler = make_scheduler(EngineConfig(64, 4, 64, kv_cache_tokens=400), SlotLayout((2, 2)), "recompute")
-    scheduler.policy = ShallowFirst(scheduler.config, scheduler.cost, "recompute")
+    scheduler.results.policy = ShallowFirst(Setting(scheduler.config, scheduler.cost, "recompute"))
     for number in range(12):
         scheduler.add(asked(number, 3, 6 + number, 2, "trusted", frozenset(range(EOS, 9))), 0.0)
     machine, ahead = Speaker(0.0), Counter[str]()
@@ -316,7 +319,7 @@ def test_what_becomes_of_rows_on_several_tokens_makes_up_for_chances_that_are_wr
 def test_a_tentative_token_counts_as_accepted_once_when_it_is_decided(second: int) -> None:
     """An exit that is not sure either decides nothing; where it says something else, that is what is verified."""
     scheduler = make_scheduler(EngineConfig(64, 2, 64, kv_cache_tokens=80), SlotLayout((1, 1, 1)), "recompute")
-    scheduler.policy = ShallowFirst(scheduler.config, scheduler.cost, "recompute")
+    scheduler.results.policy = ShallowFirst(Setting(scheduler.config, scheduler.cost, "recompute"))
     each, observed = asked(0, 2, 4, 3, "trusted"), []
     observe = scheduler.drafts.acceptance.observe
 

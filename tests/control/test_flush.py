@@ -13,13 +13,24 @@ from helpers import SHAPES, profile
 from markov import Floats, State, best_by_value_iteration, earned, process
 from threadpoolctl import ThreadpoolController
 
-from drex.control.cost import CostModel, Load
-from drex.control.flush import EARNING_MEMORY, ENOUGH, REFRESH, FlushRule, Waiting
-from drex.control.outlook import DELAY, GRAIN, LIFETIME, Outlook
-from drex.control.profile import Profile
-from drex.control.rates import KNOWN, MEMORY, ExitRates
-from drex.control.solver import solve_one_exit, solve_two_exits
-from drex.control.yardstick import mean_pass_seconds, measure
+from drex.control.constants import EARNINGS_KNOWN_PASSES as ENOUGH
+from drex.control.constants import EARNINGS_MEMORY_PASSES as EARNING_MEMORY
+from drex.control.constants import (
+    EXIT_RATE_KNOWN_ROWS,
+    EXIT_RATE_MEMORY_ROWS,
+    SOLUTION_LIFETIME_PASSES,
+    SOLVE_DELAY_PASSES,
+    TWO_EXITS_UNITS,
+)
+from drex.control.constants import REFRESH_PASSES as REFRESH
+from drex.control.cost.model import CostModel, Load
+from drex.control.cost.profile import Profile
+from drex.control.policy.flush import FlushRule, Waiting
+from drex.control.policy.outlook import Outlook
+from drex.control.policy.rates import ExitRates
+from drex.control.policy.solver import solve_one_exit, solve_two_exits
+from drex.control.policy.yardstick import mean_pass_seconds, measure
+from drex.engine.solving import InBackground
 
 
 def blas_threads() -> set[int]:
@@ -94,7 +105,7 @@ def test_with_two_exits_the_table_earns_the_optimum(
     for count in (1, 4, 15):
         times, rule = pass_times(made, rates, count, fill), rule_for(made, rates, fill)
         rule.tick(0, count, CONTEXT)
-        rule.tick(DELAY, count, CONTEXT)
+        rule.tick(SOLVE_DELAY_PASSES, count, CONTEXT)
         assert rule.outlook.yardstick is not None
         share = rate_of_the_rule(rule, times, rates) / solve_two_exits(rates, *times).rate
         assert share >= 0.999, count
@@ -104,10 +115,10 @@ def test_with_two_exits_the_table_earns_the_optimum(
 @pytest.mark.parametrize("count", [33, 40])
 def test_with_two_exits_the_table_for_units_of_requests_is_nearly_as_good(shape: str, count: int) -> None:
     made, rates = profile(shape, 0.3, 0.3, 1.2), (0.6, 0.3)
-    assert count > GRAIN
+    assert count > TWO_EXITS_UNITS
     times, rule = pass_times(made, rates, count, "alias"), rule_for(made, rates, "alias")
     rule.tick(0, count, CONTEXT)
-    rule.tick(DELAY, count, CONTEXT)
+    rule.tick(SOLVE_DELAY_PASSES, count, CONTEXT)
     assert rate_of_the_rule(rule, times, rates) / solve_two_exits(rates, *times).rate >= 0.99
 
 
@@ -167,11 +178,11 @@ def test_exit_rates_forget_what_was_long_ago() -> None:
     for _ in range(1000):
         rates.observe(0, 10, 9)
     assert rates[0] == pytest.approx(0.9, abs=0.01)
-    for _ in range(round(MEMORY / 10)):
+    for _ in range(round(EXIT_RATE_MEMORY_ROWS / 10)):
         rates.observe(0, 10, 2)
     # After as many rows as are remembered, one part in e is left of the difference.
     assert rates[0] == pytest.approx(0.2 + 0.7 / math.e, abs=0.01)
-    for _ in range(round(4 * MEMORY / 10)):
+    for _ in range(round(4 * EXIT_RATE_MEMORY_ROWS / 10)):
         rates.observe(0, 10, 2)
     assert rates[0] == pytest.approx(0.2, abs=0.01)
 
@@ -190,13 +201,13 @@ def test_earnings_begin_at_full_depth_and_become_what_is_earned() -> None:
 def test_once_the_present_load_is_solved_its_optimum_is_what_a_second_is_worth() -> None:
     rule = rule_for(profile("linear", 1.0, 1.0), [0.5], "recompute")
     rule.tick(0, 6, CONTEXT)
-    rule.tick(DELAY, 6, CONTEXT)
+    rule.tick(SOLVE_DELAY_PASSES, 6, CONTEXT)
     rule.observe(round(1e6), 1.0)
     assert rule.outlook.yardstick is not None
     optimal = rule.outlook.yardstick.optimal
     assert rule.earning == pytest.approx(optimal)
     # With others in flight it says nothing.
-    rule.tick(DELAY + 1, 3, CONTEXT)
+    rule.tick(SOLVE_DELAY_PASSES + 1, 3, CONTEXT)
     assert rule.earning != pytest.approx(optimal)
 
 
@@ -204,22 +215,22 @@ def test_under_run_ahead_the_gain_on_full_depth_is_kept_when_requests_come_and_g
     made = profile("weight_bound", 1.0, 1.0)
     rule = rule_for(made, [0.5], "recompute")
     rule.tick(0, 4, CONTEXT, ahead=True)
-    full = 4 / rule.full_step(4)
+    full = 4 / rule.prices.full_step(4)
     assert rule.earning_ahead == pytest.approx(full)
     for _ in range(round(6 * EARNING_MEMORY)):
         rule.observe(6, 4 / full)
     assert rule.earning_ahead == pytest.approx(1.5 * full, rel=0.01)
     rule.tick(1, 16, CONTEXT, ahead=True)
-    assert rule.earning_ahead == pytest.approx(1.5 * 16 / rule.full_step(16), rel=0.01)
+    assert rule.earning_ahead == pytest.approx(1.5 * 16 / rule.prices.full_step(16), rel=0.01)
 
 
 def test_only_lossless_run_ahead_may_earn_less_than_what_is_solved_without() -> None:
     rule = rule_for(profile("weight_bound", 1.0, 1.0), [0.8], "recompute")
     for lossless in (False, True):
         rule.tick(0, 16, CONTEXT, ahead=True, lossless=lossless)
-        rule.tick(DELAY, 16, CONTEXT, ahead=True, lossless=lossless)
-        assert rule.earning > 1.1 * 16 / rule.full_step(16)
-        assert rule.earning_ahead == pytest.approx(16 / rule.full_step(16) if lossless else rule.earning)
+        rule.tick(SOLVE_DELAY_PASSES, 16, CONTEXT, ahead=True, lossless=lossless)
+        assert rule.earning > 1.1 * 16 / rule.prices.full_step(16)
+        assert rule.earning_ahead == pytest.approx(16 / rule.prices.full_step(16) if lossless else rule.earning)
 
 
 @pytest.mark.parametrize("earned", [0.95, 1.05])
@@ -249,14 +260,14 @@ def test_what_lossless_checking_earned_counts_beside_what_passes_at_once_were_he
 def test_while_contexts_grow_the_solved_gain_on_full_depth_is_kept() -> None:
     rule = rule_for(profile("linear", 1.0, 1.0), [0.5], "recompute")
     rule.tick(0, 6, CONTEXT)
-    rule.tick(DELAY, 6, CONTEXT)
-    found, before = rule.outlook.yardstick, rule.full_step(6)
+    rule.tick(SOLVE_DELAY_PASSES, 6, CONTEXT)
+    found, before = rule.outlook.yardstick, rule.prices.full_step(6)
     assert found is not None
     assert found.optimal is not None
     rule.tick(2 * REFRESH, 6, 50 * CONTEXT)
     assert rule.outlook.yardstick is found
-    assert rule.full_step(6) > 1.01 * before
-    assert rule.earning == pytest.approx(found.optimal / found.full * 6 / rule.full_step(6))
+    assert rule.prices.full_step(6) > 1.01 * before
+    assert rule.earning == pytest.approx(found.optimal / found.full * 6 / rule.prices.full_step(6))
 
 
 @pytest.mark.parametrize("fill", ["recompute", "project", "alias", "mask"])
@@ -268,32 +279,32 @@ def test_its_seconds_are_those_of_the_cost_model(shape: str, fill: str) -> None:
     live, owed = np.array([1.0, 5.0, 16.0, 60.0]), np.array([0.0, 3.0, 1.0, 90.0])
     fills = owed if fill in ("recompute", "project") else np.zeros(4)
     expected = cost.decode(1, live, fills, CONTEXT, runs=fill == "recompute")
-    np.testing.assert_allclose(rule.seconds(1, live, owed), expected)
-    assert rule.full_step(5) == pytest.approx(float(cost.full_depth(np.array([5.0]), CONTEXT)[0]))
+    np.testing.assert_allclose(rule.prices.seconds(1, live, owed), expected)
+    assert rule.prices.full_step(5) == pytest.approx(float(cost.full_depth(np.array([5.0]), CONTEXT)[0]))
 
 
 def test_a_row_has_every_deeper_segment_ahead_of_it_with_all_that_wait_on_the_way() -> None:
     rule = rule_for(profile("linear", 1.0, 1.0, 1.0), [0.5, 0.5], "recompute")
     rule.tick(0, 8, CONTEXT)
     live, fills = [0, 2, 3], [0, 4, 5]
-    last = float(rule.seconds(2, 3.0, 5.0))
-    both = float(rule.seconds(1, 2.0, 4.0) + rule.seconds(2, 5.0, 5.0))
-    assert rule.seconds_ahead(2, live, fills) == pytest.approx(last)
-    assert rule.seconds_ahead(1, live, fills) == pytest.approx(both)
+    last = float(rule.prices.seconds(2, 3.0, 5.0))
+    both = float(rule.prices.seconds(1, 2.0, 4.0) + rule.prices.seconds(2, 5.0, 5.0))
+    assert rule.prices.seconds_ahead(2, live, fills) == pytest.approx(last)
+    assert rule.prices.seconds_ahead(1, live, fills) == pytest.approx(both)
 
 
 def test_what_was_learnt_shows_at_the_next_refresh_and_not_before() -> None:
     cost = CostModel(profile("linear", 1.0, 1.0))
     rule = FlushRule(cost, ExitRates(1), "recompute", 100)
     rule.tick(0, 4, CONTEXT)
-    before = float(rule.seconds(1, 4.0, 0.0))
+    before = float(rule.prices.seconds(1, 4.0, 0.0))
     for _ in range(100):
         cost.observe(1, Load(4, 4, 256, 4), 3 * cost.predict(1, Load(4, 4, 256, 4)))
     for number in range(1, REFRESH):
         rule.tick(number, 4, CONTEXT)
-        assert float(rule.seconds(1, 4.0, 0.0)) == before
+        assert float(rule.prices.seconds(1, 4.0, 0.0)) == before
     rule.tick(REFRESH, 4, CONTEXT)
-    assert float(rule.seconds(1, 4.0, 0.0)) > 2 * before
+    assert float(rule.prices.seconds(1, 4.0, 0.0)) > 2 * before
 
 
 # The outlook
@@ -306,11 +317,11 @@ def outlook(segments: int = 3) -> Outlook:
 @pytest.mark.parametrize("asked_at", [0, 7, 1000])
 def test_a_solution_takes_effect_exactly_so_many_passes_after_it_was_asked_for(asked_at: int) -> None:
     ahead = outlook()
-    for number in range(asked_at, asked_at + DELAY):
+    for number in range(asked_at, asked_at + SOLVE_DELAY_PASSES):
         ahead.tick(number, 6, (0.3, 0.3), CONTEXT)
         assert ahead.yardstick is None
         assert ahead.choose(4, (1, 1)) is None
-    ahead.tick(asked_at + DELAY, 6, (0.3, 0.3), CONTEXT)
+    ahead.tick(asked_at + SOLVE_DELAY_PASSES, 6, (0.3, 0.3), CONTEXT)
     assert ahead.yardstick is not None
     assert ahead.yardstick.in_flight == 6
 
@@ -324,7 +335,7 @@ def test_what_is_solved_is_the_load_as_it_was_when_it_was_asked_for() -> None:
     rates[0] = 0.9
     for _ in range(50):
         cost.observe(0, Load(8, 8, 512, 8), 1.0)
-    ahead.tick(DELAY, 3, (0.1,), 7.0)
+    ahead.tick(SOLVE_DELAY_PASSES, 3, (0.1,), 7.0)
     assert ahead.yardstick is not None
     assert (ahead.yardstick.optimal, ahead.yardstick.in_flight) == (asked.optimal, 8)
 
@@ -342,8 +353,13 @@ def test_it_is_solved_again_when_the_load_has_changed_or_long_after() -> None:
             assert ahead.yardstick is not None
             solved.append((number, ahead.yardstick.in_flight))
     # From 8 to 9 is less than a quarter; afterwards it is asked for as soon as the last answer is old enough.
-    third, fourth = 40 + LIFETIME, 40 + 2 * LIFETIME
-    assert solved[:4] == [(DELAY, 8), (40 + DELAY, 11), (third + DELAY, 11), (fourth + DELAY, 11)]
+    third, fourth = 40 + SOLUTION_LIFETIME_PASSES, 40 + 2 * SOLUTION_LIFETIME_PASSES
+    assert solved[:4] == [
+        (SOLVE_DELAY_PASSES, 8),
+        (40 + SOLVE_DELAY_PASSES, 11),
+        (third + SOLVE_DELAY_PASSES, 11),
+        (fourth + SOLVE_DELAY_PASSES, 11),
+    ]
 
 
 def test_what_was_solved_for_a_load_is_used_when_it_comes_back() -> None:
@@ -352,33 +368,38 @@ def test_what_was_solved_for_a_load_is_used_when_it_comes_back() -> None:
         ahead.tick(number, 8 if number < 40 or number >= 80 else 2, (0.4,), CONTEXT)
         at.append(ahead.yardstick.in_flight if ahead.yardstick else None)
     # 8 serves for 2 until that is solved; 8 is at hand at once.
-    assert at[39 : 41 + DELAY] == [8] * (DELAY + 1) + [2]
+    assert at[39 : 41 + SOLVE_DELAY_PASSES] == [8] * (SOLVE_DELAY_PASSES + 1) + [2]
     assert at[79:82] == [2, 8, 8]
 
 
 def test_it_is_solved_again_when_exit_rates_have_changed() -> None:
     ahead = outlook(2)
     found = []
-    for number in range(2 * DELAY + 12):
-        ahead.tick(number, 8, (0.4 if number < DELAY + 5 else 0.48 if number < DELAY + 10 else 0.6,), CONTEXT)
+    for number in range(2 * SOLVE_DELAY_PASSES + 12):
+        ahead.tick(
+            number,
+            8,
+            (0.4 if number < SOLVE_DELAY_PASSES + 5 else 0.48 if number < SOLVE_DELAY_PASSES + 10 else 0.6,),
+            CONTEXT,
+        )
         found.append(ahead.yardstick)
     # From .4 to .48 is too little; .6 is asked for at once, and here when it has been waited for.
-    assert found[DELAY - 1] is None
-    assert found[DELAY] is found[2 * DELAY + 9]
-    assert found[2 * DELAY + 10] is not found[DELAY]
+    assert found[SOLVE_DELAY_PASSES - 1] is None
+    assert found[SOLVE_DELAY_PASSES] is found[2 * SOLVE_DELAY_PASSES + 9]
+    assert found[2 * SOLVE_DELAY_PASSES + 10] is not found[SOLVE_DELAY_PASSES]
 
 
 @pytest.mark.parametrize("exits", [1, 2])
 def test_nothing_is_solved_from_a_prior_alone(exits: int) -> None:
     rates = ExitRates(exits)
     rule = FlushRule(CostModel(profile("linear", *[1.0] * (exits + 1))), rates, "recompute", 200)
-    for number in range(2 * DELAY):
+    for number in range(2 * SOLVE_DELAY_PASSES):
         rule.tick(number, 8, CONTEXT)
     assert rule.outlook.yardstick is None
     assert rule.pays is None
     # Requests may use the last exit only.
-    rates.observe(exits - 1, round(2 * KNOWN), round(KNOWN))
-    for number in range(2 * DELAY, 4 * DELAY):
+    rates.observe(exits - 1, round(2 * EXIT_RATE_KNOWN_ROWS), round(EXIT_RATE_KNOWN_ROWS))
+    for number in range(2 * SOLVE_DELAY_PASSES, 4 * SOLVE_DELAY_PASSES):
         rule.tick(number, 8, CONTEXT)
     assert rule.outlook.yardstick is not None
 
@@ -386,7 +407,7 @@ def test_nothing_is_solved_from_a_prior_alone(exits: int) -> None:
 @pytest.mark.parametrize("shares", [{1: 1.2, 16: 0.8}, {1: 0.8, 16: 1.2}])
 def test_whether_lossless_drafts_pay_is_judged_by_what_they_earned_at_about_this_load(shares: dict[int, float]) -> None:
     rule = rule_for(profile("weight_bound", 1.0, 1.0), (0.6,), "recompute")
-    full = {count: count / rule.full_step(count) for count in shares}
+    full = {count: count / rule.prices.full_step(count) for count in shares}
     assert full[16] > 4 * full[1]
     number = 0
     for count, share in shares.items():
@@ -411,11 +432,11 @@ def test_whether_lossless_drafts_pay_is_judged_by_what_they_earned_at_about_this
 
 def test_what_nothing_is_decided_by_is_not_solved_again() -> None:
     ahead, found = outlook(2), []
-    for number in range(3 * LIFETIME):
-        ahead.tick(number, 8 if number < 2 * LIFETIME else 16, (0.5,), CONTEXT, used=False)
+    for number in range(3 * SOLUTION_LIFETIME_PASSES):
+        ahead.tick(number, 8 if number < 2 * SOLUTION_LIFETIME_PASSES else 16, (0.5,), CONTEXT, used=False)
         found.append(ahead.yardstick)
-    assert found[DELAY] is not None
-    assert found[DELAY] is found[2 * LIFETIME - 1]
+    assert found[SOLVE_DELAY_PASSES] is not None
+    assert found[SOLVE_DELAY_PASSES] is found[2 * SOLUTION_LIFETIME_PASSES - 1]
     assert found[-1].in_flight == 16
 
 
@@ -447,10 +468,15 @@ def test_while_two_are_solved_linear_algebra_has_one_core_and_afterwards_what_it
     monkeypatch.setattr(np.linalg, "solve", solve)
     both = [outlook(), outlook()]
     for ahead in both:
+        ahead.solving = InBackground()
+    for ahead in both:
         ahead.tick(0, 8, (0.4, 0.4), CONTEXT)
     for ahead in both:
-        ahead.tick(DELAY, 8, (0.4, 0.4), CONTEXT)
-        assert ahead.yardstick is not None
+        number = SOLVE_DELAY_PASSES
+        while ahead.yardstick is None:
+            ahead.tick(number, 8, (0.4, 0.4), CONTEXT)
+            time.sleep(0.001)
+            number += 1
     assert len(seen) > 2
     assert all(each == {1} for each in seen)
     assert blas_threads() == BLAS_THREADS
@@ -460,7 +486,7 @@ def test_while_two_are_solved_linear_algebra_has_one_core_and_afterwards_what_it
 def test_with_one_exit_point_what_is_solved_decides_where_the_load_is_about_that(shape: str) -> None:
     cost, rates = CostModel(profile(shape, 1.0, 1.0)), (0.7,)
     ahead = Outlook(cost, "recompute")
-    for number in (0, DELAY):
+    for number in (0, SOLVE_DELAY_PASSES):
         ahead.tick(number, 16, rates, CONTEXT)
     solved = measure(cost, rates, 16, CONTEXT, "recompute").one_exit
     assert solved is not None
@@ -475,7 +501,7 @@ def test_with_one_exit_point_what_is_solved_decides_where_the_load_is_about_that
 
 def test_without_decoding_requests_nothing_is_solved() -> None:
     ahead = outlook()
-    for number in range(3 * DELAY):
+    for number in range(3 * SOLVE_DELAY_PASSES):
         ahead.tick(number, 0, (0.3, 0.3), CONTEXT)
     assert ahead.yardstick is None
 
@@ -484,7 +510,7 @@ def test_without_decoding_requests_nothing_is_solved() -> None:
 def test_it_never_names_a_segment_where_nothing_waits(solved_for: int) -> None:
     ahead = outlook()
     ahead.tick(0, solved_for, (0.4, 0.4), CONTEXT)
-    ahead.tick(DELAY, solved_for, (0.4, 0.4), CONTEXT)
+    ahead.tick(SOLVE_DELAY_PASSES, solved_for, (0.4, 0.4), CONTEXT)
     named = set()
     for total in {max(1, round(share * solved_for)) for share in (0.75, 0.9, 1.0, 1.1, 1.25)}:
         for first in range(total + 1):

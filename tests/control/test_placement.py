@@ -7,9 +7,9 @@ import pytest
 from helpers import Machine, make_scheduler, request
 
 from drex.config import EngineConfig
+from drex.control.memory.slots import SlotLayout
 from drex.control.plan import Pass
 from drex.control.scheduler import Scheduler
-from drex.control.slots import SlotLayout
 
 UNEQUAL = SlotLayout((1, 3, 2))
 """Segments of 1, 3 and 2 parts, so that the first part is not the last."""

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from helpers import Machine, make_scheduler, profile, request
 
-from drex.config import POLICIES, EngineConfig
-from drex.control.cost import CostModel, Load
+from drex.config import EngineConfig
+from drex.control.constants import PROBE_EVERY_PASSES, TRIAL_PASSES
+from drex.control.cost.model import CostModel, Load
+from drex.control.cost.profile import Curve, Profile, SegmentCost
+from drex.control.memory.slots import SlotLayout
 from drex.control.plan import Pass
-from drex.control.policies import POLICIES as CLASSES
-from drex.control.policies import PROBE_EVERY, TRIES, Checks, Choice, Drex, Split, View
-from drex.control.profile import Curve, Profile, SegmentCost
-from drex.control.slots import SlotLayout
-from drex.request import Request
+from drex.control.policy.base import Checks, Choice, Setting, Split, View
+from drex.control.policy.rebatching import Drex
+from drex.control.request import Request
+from drex.extensions import POLICIES
 
 THRESHOLD = 0.5
 BATCHWISE = ("consensus", "majority", "greedy", "latency_only")
@@ -30,7 +32,8 @@ def config(policy: str, **changes: Any) -> EngineConfig:
 
 def make_policy(name: str, segments: int = 2, made: Profile | None = None, **changes: Any) -> Split:
     cost = CostModel(made or profile("weight_bound", *[1.0] * segments))
-    return CLASSES[name](config(name, **changes), cost, "recompute")
+    made_policy: Split = POLICIES.make(name, {}, Setting(config(name, **changes), cost, "recompute"))
+    return made_policy
 
 
 def checks(*confidences: float, thresholds: Sequence[float] | None = None) -> Checks:
@@ -144,7 +147,7 @@ def test_art_rebatches_at_the_same_share_on_a_machine_that_is_slower_than_its_pr
 # Which segment runs next
 
 
-@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"full"}))
+@pytest.mark.parametrize("name", sorted(set(POLICIES.names()) - {"full"}))
 def test_nothing_is_chosen_where_nothing_waits(name: str) -> None:
     assert make_policy(name, 2).choose(view(0)) is None
     assert make_policy(name, 3).choose(view(0, 0)) is None
@@ -207,12 +210,12 @@ def test_drex_reckons_with_the_longest_pass_that_may_come_between_and_all_that_m
     assert isinstance(policy, Drex)
     rule, now, ready, live = policy.rule, 10.0, 6, [0, 3, 5]
     rule.tick(0, 14, 0.0)
-    pass_0, flush_1, flush_2 = (float(rule.seconds(s, rows, 0.0)) for s, rows in enumerate((ready, *live[1:])))
+    pass_0, flush_1, flush_2 = (float(rule.prices.seconds(s, rows, 0.0)) for s, rows in enumerate((ready, *live[1:])))
     assert (pass_0 > flush_1) == (shallow > 1)
     # Before the deeper buffer runs, either the pass over segment 0 may come, or the flush of the shallower one.
-    deep = max(pass_0, flush_1) + rule.seconds_ahead(2, [0, 0, ready + 3 + 5], [0] * 3)
+    deep = max(pass_0, flush_1) + rule.prices.seconds_ahead(2, [0, 0, ready + 3 + 5], [0] * 3)
     # The shallower one has the flush of the deeper one before it, which goes first where both are due.
-    first = flush_2 + pass_0 + rule.seconds_ahead(1, [0, ready + 3, 5], [0] * 3)
+    first = flush_2 + pass_0 + rule.prices.seconds_ahead(1, [0, ready + 3, 5], [0] * 3)
     for segment, ahead in ((2, deep), (1, first)):
         for due, late in ((now + ahead - 1e-6, True), (now + ahead + 1e-6, False)):
             stands = view(*live[1:], ready=ready, decoding=14, context=0.0, due=[due] * 3)
@@ -304,7 +307,7 @@ def test_the_other_batchwise_policies_push_rows_out(policy: str, lengths: tuple[
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
-@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"full"}))
+@pytest.mark.parametrize("policy", sorted(set(POLICIES.names()) - {"full"}))
 def test_where_confidences_never_differ_nothing_is_involuntary(policy: str, rate: float) -> None:
     served = serve(policy, rate)
     assert served.involuntary_exits == 0
@@ -369,7 +372,7 @@ def adaptive_run(adaptive: bool, rate: float, made: Profile, count: int = 4) -> 
         scheduler.add(request(number, 4, 400, 2), 0.0)
     machine, checked, shallow = Machine(rate, profile=made), [], 0
     while (batch := machine.run(scheduler)) is not None:
-        if batch.segment == 0 and batch.number > 2 * PROBE_EVERY:
+        if batch.segment == 0 and batch.number > 2 * PROBE_EVERY_PASSES:
             shallow += 1
             if len(batch.evaluations):
                 checked.append(batch.number)
@@ -381,7 +384,7 @@ def test_adaptive_leaves_exits_unchecked_while_they_do_not_pay_but_for_a_probe_n
     unchecked, checked, shallow = adaptive_run(True, rate, with_dear_exit_head())
     assert unchecked > 1000
     # Without a probe it could never be noticed that checking would pay.
-    assert 4 <= len(checked) <= 3 * shallow / PROBE_EVERY
+    assert 4 <= len(checked) <= 3 * shallow / PROBE_EVERY_PASSES
 
 
 def test_what_is_unchecked_is_unchecked_at_all_exits_and_counted_once() -> None:
@@ -399,7 +402,7 @@ def test_what_is_unchecked_is_unchecked_at_all_exits_and_counted_once() -> None:
         machine.run(scheduler)
     for _ in range(20):
         machine.run(scheduler)
-    before, passes = scheduler.unchecked, [machine.run(scheduler) for _ in range(4 * 3 * PROBE_EVERY)]
+    before, passes = scheduler.unchecked, [machine.run(scheduler) for _ in range(4 * 3 * PROBE_EVERY_PASSES)]
     ran = [batch for batch in passes if batch is not None]
     checked = [batch.segment for batch in ran if batch.segment < 2 and len(batch.evaluations)]
     assert 5 <= checked.count(0) <= 3 * 4
@@ -433,8 +436,8 @@ def test_where_exits_hardly_pay_adaptive_tries_what_full_depth_takes(fill: str) 
         scheduler.took(batch, seconds)
         through.append(batch.then is not None)
     first = through.index(True)
-    assert all(through[first : first + TRIES])
-    assert PROBE_EVERY // 2 <= first <= 4 * PROBE_EVERY
+    assert all(through[first : first + TRIAL_PASSES])
+    assert PROBE_EVERY_PASSES // 2 <= first <= 4 * PROBE_EVERY_PASSES
     assert scheduler.cost.at_once(np.array([4.0])) == pytest.approx([0.5], rel=0.1)
     # Once that is known, nothing else is done.
     assert sum(through[-500:]) > 400
@@ -472,4 +475,4 @@ def test_adaptive_checks_again_when_exits_have_begun_to_pay() -> None:
 
 
 def test_every_name_has_a_policy() -> None:
-    assert set(CLASSES) == set(POLICIES)
+    assert all(issubclass(POLICIES.get(name), Split) for name in POLICIES.names())

@@ -9,19 +9,20 @@ from helpers import Machine, drain, make_scheduler, names, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drex.config import POLICIES, EngineConfig
+from drex.config import EngineConfig
+from drex.control.cost.profile import Curve, Profile, SegmentCost
+from drex.control.memory.slots import SlotLayout
 from drex.control.plan import PassResult
-from drex.control.profile import Curve, Profile, SegmentCost
-from drex.control.slots import SlotLayout
 from drex.control.standing import Standing
-from drex.request import FinishReason
+from drex.extensions import POLICIES
+from drex.outputs import FinishReason
 
 
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(
     lengths=st.sampled_from([(2, 2), (1, 3, 2), (4, 4, 4), (5,)]),
     fill=st.sampled_from(["recompute", "project", "alias", "mask"]),
-    policy=st.sampled_from(sorted(set(POLICIES) - {"full"})),
+    policy=st.sampled_from(sorted(set(POLICIES.names()) - {"full"})),
     rate=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
     sizes=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(0, 1)), min_size=1, max_size=8),
     spare=st.sampled_from([0, 5, 100]),
@@ -283,7 +284,7 @@ def test_a_row_has_waited_since_it_came_to_where_it_waits_whatever_else_of_its_r
     ("requests", "given", "rows"), [(4, None, 256), (64, None, 512), (256, None, 2048), (64, 6, 6)]
 )
 def test_more_fills_may_be_owed_the_more_requests_there_are(requests: int, given: int | None, rows: int) -> None:
-    config = EngineConfig(64, requests, 32, max_fill_rows=given)
+    config = EngineConfig(64, requests, 32, 64 * requests, max_fill_rows=given)
     assert config.fill_rows == rows
     assert config.arena_rows == 32 + requests + rows
 

@@ -7,9 +7,9 @@ import pytest
 from helpers import make_scheduler, request
 
 from drex.config import EngineConfig
-from drex.control.policies import Choice
+from drex.control.memory.slots import SlotLayout
+from drex.control.policy.base import Choice
 from drex.control.scheduler import Scheduler
-from drex.control.slots import SlotLayout
 from drex.control.standing import Standing
 
 PRIORITIES = (1, 1, 2, 0, 1, 0)

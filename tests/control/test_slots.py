@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drex.control.slots import SlotLayout, SlotPool
+from drex.control.memory.slots import SlotLayout, SlotPool
 
 
 @pytest.mark.parametrize(

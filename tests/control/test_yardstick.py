@@ -19,10 +19,11 @@ from markov import (
     process,
 )
 
-from drex.control.cost import CostModel
+from drex.control.constants import TWO_EXITS_MOST_REQUESTS
+from drex.control.cost.model import CostModel
 from drex.control.plan import FloatArray
-from drex.control.solver import solve_one_exit, solve_two_exits
-from drex.control.yardstick import MOST_EXACT_TWO, mean_pass_seconds, measure
+from drex.control.policy.solver import solve_one_exit, solve_two_exits
+from drex.control.policy.yardstick import mean_pass_seconds, measure
 
 CONTEXT = 64.0
 FILLS = ("recompute", "project", "alias", "mask")
@@ -373,7 +374,7 @@ def test_three_exit_points_have_an_ideal_and_no_optimum() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_two_exits_counted_in_units_have_nearly_the_same_optimum(shape: str) -> None:
     cost, rates = CostModel(profile(shape, 0.5, 0.5, 1.0)), (0.4, 0.5)
-    exact = measure(cost, rates, 48, CONTEXT, "recompute", grain=MOST_EXACT_TWO)
+    exact = measure(cost, rates, 48, CONTEXT, "recompute", grain=TWO_EXITS_MOST_REQUESTS)
     coarse = measure(cost, rates, 48, CONTEXT, "recompute", grain=32)
     assert exact.two_exits is not None
     assert coarse.two_exits is not None

@@ -7,7 +7,7 @@ import pytest
 from server_fixtures import NAME, serving, url
 
 from drex import LLM, EarlyExit
-from drex.bench.byte_fallback import FIRST_BYTE
+from drex.testing.byte_fallback import FIRST_BYTE
 
 NEWLINE, FIRST, SECOND = FIRST_BYTE + 0x0A, FIRST_BYTE + 0xF0, FIRST_BYTE + 0x9F
 """A newline, and the two bytes that emoji begin with."""

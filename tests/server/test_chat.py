@@ -108,4 +108,4 @@ def test_tokenize_and_detokenize(client: openai.OpenAI, base: str, llm: LLM) -> 
     assert "".join(found["token_strs"]) == "the cat"
     assert (found["count"], found["max_model_len"]) == (len(found["tokens"]), 1024)
     assert post("/detokenize", {"model": NAME, "tokens": found["tokens"]}) == {"prompt": "the cat"}
-    assert post("/tokenize", {"messages": MESSAGES})["tokens"] == llm.intake.chat_prompt(MESSAGES)
+    assert post("/tokenize", {"messages": MESSAGES})["tokens"] == llm.inputs.chat_prompt(MESSAGES)

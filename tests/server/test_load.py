@@ -11,9 +11,9 @@ import pytest
 from server_fixtures import NAME
 from typer.testing import CliRunner
 
-from drex.bench.load import Outcome, arrive
-from drex.bench.load_report import parse_goodput, summarise
 from drex.cli.main import app
+from drex.load_test.load import Outcome, arrive
+from drex.load_test.load_report import parse_goodput, summarise
 from drex.sim.workload import Job
 
 

@@ -1,0 +1,1 @@
+"""Puts an engine together for one model on one machine."""

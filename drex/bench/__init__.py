@@ -1,1 +1,0 @@
-"""Benchmarks of policies: what `drex bench` runs and reports."""

@@ -1,0 +1,1 @@
+"""What a pass takes: profiles, and the model that learns from passes."""

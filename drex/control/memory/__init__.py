@@ -1,0 +1,1 @@
+"""Who holds which K/V slots and arena rows."""

@@ -1,0 +1,1 @@
+"""Which segment runs next, and the optimum that decisions are held against."""

@@ -1,0 +1,1 @@
+"""Tentative tokens: drafted while a request waits, then verified or taken back."""

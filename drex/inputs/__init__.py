@@ -1,0 +1,1 @@
+"""From what a user sends to requests that the engine takes: prompts, tokenisers, sampling defaults."""

@@ -1,0 +1,1 @@
+"""Servers under load: clients, arrivals, what they waited for."""

@@ -1,0 +1,1 @@
+"""Models to test with, made on the spot."""
